@@ -1,0 +1,86 @@
+"""The largest singular values of a finite operator, from `matvec` and `rmatvec` alone."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operators.base import LinearOperator
+
+#: Bytes of basis vectors and their images held at once.
+_BASIS_BYTES = 1 << 29
+
+
+class Triples(NamedTuple):
+    """Singular values, descending, with left and right vectors as rows in the operator's shapes."""
+
+    values: Tensor
+    left: Tensor
+    right: Tensor
+
+
+@torch.no_grad()
+def largest(
+    op: LinearOperator, k: int = 1, *, tol: float = 1e-6, max_restarts: int = 300, generator: torch.Generator | None = None
+) -> Triples:
+    """The `k` largest singular values by a restarted block Krylov method (Golub & Kahan 1965; Baglama & Reichel 2005).
+
+    A basis `V` grows by the residuals `Aᵀu - σv` of its best vectors; the singular values of `A V` approach those of `A`
+    from below. The block is wider than `k`, so repeated singular values (every group of a depthwise layer, every position
+    of a 1×1 convolution) are all found.
+
+    Args:
+        op: a finite operator.
+        k: how many.
+        tol: stop when every `‖Aᵀu - σv‖ ≤ tol · σ₁`; then a singular value lies within that distance of each one returned, and
+            in practice within its square.
+        generator: source of the starting block; a fixed seed by default, so that the result is deterministic.
+
+    Raises:
+        RuntimeError: not converged after `max_restarts`.
+    """
+    dtype = torch.promote_types(op.weight.dtype, torch.float32)
+    op = op.with_weight(op.weight.detach().to(dtype))
+    size = prod(op.in_shape)
+    generator = generator or torch.Generator().manual_seed(0)
+
+    def forward(v: Tensor) -> Tensor:
+        return op.matvec(v.T.reshape(-1, *op.in_shape)).flatten(1).T
+
+    def adjoint(u: Tensor) -> Tensor:
+        return op.rmatvec(u.T.reshape(-1, *op.out_shape)).flatten(1).T
+
+    block = min(k + 2, size)
+    per_vector = (size + prod(op.out_shape)) * dtype.itemsize
+    columns = min(size, max(3 * block, min(12 * block, _BASIS_BYTES // per_vector)))
+    start = torch.randn(size, block, generator=generator, dtype=dtype).to(op.weight.device)
+    basis = torch.linalg.qr(start).Q
+    image = forward(basis)
+    floor = 10 * torch.finfo(dtype).eps
+    for _ in range(max_restarts):
+        while True:
+            u, s, vh = torch.linalg.svd(image, full_matrices=False)
+            u, s, v = u[:, :block], s[:block], vh[:block].T
+            right = basis @ v
+            residual = adjoint(u) - right * s
+            error = torch.linalg.vector_norm(residual, dim=0)
+            if s[0] == 0 or bool((error[:k] <= max(tol, floor) * s[0]).all()) or basis.shape[1] == size:
+                return Triples(s[:k], u[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
+            if basis.shape[1] + block > columns:
+                break
+            fresh = _orthonormal(residual, basis)[:, : size - basis.shape[1]]
+            basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
+        fresh = _orthonormal(residual, right)[:, : size - block]
+        basis, image = torch.cat([right, fresh], 1), torch.cat([u * s, forward(fresh)], 1)
+    raise RuntimeError(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts; raise `tol`.")
+
+
+def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
+    """An orthonormal basis of the block's part outside the span of `basis`; twice is enough."""
+    for _ in range(2):
+        block = block - basis @ (basis.T @ block)
+        block = torch.linalg.qr(block).Q
+    return block

@@ -1,0 +1,102 @@
+"""What every operator is: a real linear map between tensors of fixed shape, held by one weight."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from math import prod
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Self = TypeVar("Self", bound="LinearOperator")
+
+#: Sizes of the frequency grid, one per spatial axis, and how often each frequency of that axis occurs.
+Grid = tuple[tuple[int, int], ...]
+
+
+class LinearOperator(ABC):
+    """A real linear map `A` from tensors of shape `in_shape` to tensors of shape `out_shape`.
+
+    The map is linear in one `weight` too. An operator never copies or changes it, so gradients flow through.
+
+    Everything spectral goes through the **canonical form**: a tensor `(groups, rows, columns, *taps)` that is the kernel
+    of a stride-1, undilated convolution with the same singular values. `canonical` is a linear isometry of the weight
+    (Frobenius norms agree) and `from_canonical` its adjoint: it drops what the weight cannot hold.
+    """
+
+    weight: Tensor
+
+    @property
+    @abstractmethod
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one input, without batch dimensions."""
+
+    @property
+    @abstractmethod
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of one output, without batch dimensions."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the map has fixed shapes; the lattice operator of a convolution without an input size has none."""
+        return True
+
+    @abstractmethod
+    def matvec(self, x: Tensor) -> Tensor:
+        """`A x`, for `x` of shape `(*batch, *in_shape)`."""
+
+    @abstractmethod
+    def rmatvec(self, y: Tensor) -> Tensor:
+        """`Aᵀ y`, the exact adjoint, for `y` of shape `(*batch, *out_shape)`."""
+
+    @abstractmethod
+    def canonical(self) -> Tensor:
+        """The canonical kernel, `(groups, rows, columns, *taps)`."""
+
+    @abstractmethod
+    def from_canonical(self, kernel: Tensor) -> Tensor:
+        """The weight whose canonical kernel is `kernel`, cropped to the taps that the weight has."""
+
+    @property
+    @abstractmethod
+    def frequency_grid(self) -> Grid | None:
+        """The grid on which the symbol's singular values are exactly the operator's, or None when there is none."""
+
+    @property
+    @abstractmethod
+    def lattice_factor(self) -> float:
+        """`f` such that `‖A‖ ≤ f · sup_θ ‖F(θ)‖₂`, with `F` the symbol of the canonical kernel."""
+
+    def with_weight(self: Self, weight: Tensor) -> Self:
+        """The same geometry with another weight of the same shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"`weight` must have shape {tuple(self.weight.shape)}; got {tuple(weight.shape)}.")
+        other = copy.copy(self)
+        other.weight = weight
+        return other
+
+    def to_dense(self) -> Tensor:
+        """The matrix of the map, `(numel(out_shape), numel(in_shape))`, by applying it to every unit vector."""
+        columns = prod(self.in_shape)
+        identity = torch.eye(columns, dtype=self.weight.dtype, device=self.weight.device)
+        return self.matvec(identity.reshape(columns, *self.in_shape)).reshape(columns, -1).T
+
+
+def check_ends_with(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse `x` unless its last dimensions are `shape`."""
+    if tuple(x.shape[max(x.ndim - len(shape), 0) :]) != shape:
+        raise ValueError(f"`{name}` must have shape (*batch, {', '.join(map(str, shape))}); got {tuple(x.shape)}.")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse what is no real floating-point tensor."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"`weight` must be a torch tensor; got {type(weight).__name__}.")
+    if not weight.is_floating_point():
+        raise TypeError(f"`weight` must be a real floating-point tensor; got {weight.dtype}.")

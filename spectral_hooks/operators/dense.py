@@ -1,0 +1,78 @@
+"""A matrix as an operator."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Grid, LinearOperator, check_ends_with, check_weight
+
+
+class DenseOperator(LinearOperator):
+    """The map `x ↦ W x` over the last dimension.
+
+    Args:
+        weight: `W`, of shape `(out, in)`; `(in, out)` when `transposed`.
+        transposed: the map is `x ↦ Wᵀ x`, as in transformers' `Conv1D`.
+
+    Raises:
+        TypeError: `weight` is no real floating-point tensor.
+        ValueError: `weight` is no matrix.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> op = sh.DenseOperator(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
+        >>> op.matvec(torch.ones(3))
+        tensor([3., 4.])
+        >>> sh.spectral_norm(op)
+        tensor(4.)
+    """
+
+    def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
+        check_weight(weight)
+        if weight.ndim != 2:
+            raise ValueError(
+                f"`weight` must be a matrix (out, in); got shape {tuple(weight.shape)}. For a kernel use ConvOperator."
+            )
+        self.weight = weight
+        self.transposed = transposed
+
+    def __repr__(self) -> str:
+        return f"DenseOperator(in_shape={self.in_shape}, out_shape={self.out_shape})"
+
+    @property
+    def _matrix(self) -> Tensor:
+        return self.weight.T if self.transposed else self.weight
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (self._matrix.shape[1],)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self._matrix.shape[0],)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        check_ends_with("x", x, self.in_shape)
+        return x @ self._matrix.T
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        check_ends_with("y", y, self.out_shape)
+        return y @ self._matrix
+
+    def to_dense(self) -> Tensor:
+        return self._matrix
+
+    # A transpose has the same singular values, so the canonical form is the weight as it lies.
+    def canonical(self) -> Tensor:
+        return self.weight.unsqueeze(0)
+
+    def from_canonical(self, kernel: Tensor) -> Tensor:
+        return kernel.squeeze(0)
+
+    @property
+    def frequency_grid(self) -> Grid | None:
+        return ()
+
+    @property
+    def lattice_factor(self) -> float:
+        return 1.0

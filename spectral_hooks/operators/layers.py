@@ -1,0 +1,132 @@
+"""From a layer to its operator, and the layers that are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
+
+from .base import LinearOperator
+from .conv import ConvOperator
+from .dense import DenseOperator
+
+InputSize = int | Sequence[int] | None
+
+#: Subclasses whose forward is another, by qualified name, and what they do to their weight.
+_REWRITES = {
+    "StdConv2d": "standardizes its weight in forward",
+    "StdConv2dSame": "standardizes its weight in forward",
+    "ScaledStdConv2d": "standardizes its weight in forward; constrain its `gain` instead",
+    "ScaledStdConv2dSame": "standardizes its weight in forward; constrain its `gain` instead",
+}
+
+
+@singledispatch
+def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
+    """The linear map that a layer computes, without its bias.
+
+    `nn.Linear` and transformers' `Conv1D` become a `DenseOperator`; `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d`
+    a `ConvOperator`. A parametrized layer is measured by the weight that it computes now.
+
+    To teach it a layer of your own: `as_operator.register(MyLayer, lambda layer, input_size=None: ...)`.
+
+    Args:
+        layer: the layer. Its weight is not copied: gradients flow through the operator.
+        input_size: spatial size of the input (int or one per axis) for the finite operator of a convolution, None for its
+            lattice operator, valid for every size. A matrix has one size only and ignores it.
+
+    Raises:
+        TypeError: there is no operator for this type of layer.
+        NotImplementedError: the layer's forward does not apply its weight as it is stored.
+        ValueError: the weight is not there (lazy, partitioned), or an argument does not fit.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.as_operator(torch.nn.Linear(3, 2)).out_shape
+        (2,)
+        >>> sh.as_operator(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), input_size=(9, 6)).out_shape
+        (8, 5, 3)
+    """
+    if isinstance(layer, LinearOperator):
+        return layer
+    for cls in type(layer).__mro__:
+        if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
+            return DenseOperator(_weight(layer, cls), transposed=True)
+    if isinstance(layer, Tensor):
+        raise TypeError("`layer` is a tensor: say which map it is, with DenseOperator(weight) or ConvOperator(weight, ...).")
+    raise TypeError(f"`layer` of type {type(layer).__name__} has no operator; register one with as_operator.register.")
+
+
+@as_operator.register
+def _linear(layer: nn.Linear, input_size: InputSize = None) -> LinearOperator:
+    # timm's Linear only adds casts for scripting
+    known = type(layer).__module__ == "timm.layers.linear"
+    return DenseOperator(_weight(layer, type(layer) if known else nn.Linear))
+
+
+@as_operator.register
+def _conv(layer: nn.modules.conv._ConvNd, input_size: InputSize = None) -> LinearOperator:
+    same = type(layer).__name__ == "Conv2dSame" and type(layer).__module__.startswith("timm.")
+    transposed = layer.transposed
+    padding: Any = layer.padding
+    if same:
+        padding = _same_padding(layer, input_size)
+    return ConvOperator(
+        _weight(layer, type(layer) if same else _torch_class(layer)),
+        stride=layer.stride,
+        padding=padding,
+        output_padding=layer.output_padding if transposed else 0,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        transposed=transposed,
+        padding_mode=layer.padding_mode,
+        input_size=input_size,
+    )
+
+
+def _torch_class(layer: nn.Module) -> type[nn.Module]:
+    return next(cls for cls in type(layer).__mro__ if cls.__module__ == "torch.nn.modules.conv")
+
+
+def _same_padding(layer: nn.modules.conv._ConvNd, input_size: InputSize) -> Any:
+    """timm's dynamic TensorFlow-style padding; on the lattice the amount changes nothing."""
+    if input_size is None:
+        return 0
+    sizes = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
+    pairs = []
+    for n, k, s, d in zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=False):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        pairs.append((total // 2, total - total // 2))
+    return tuple(pairs)
+
+
+def _weight(layer: nn.Module, forward_of: type[nn.Module]) -> Tensor:
+    """The weight that the layer applies, or the reason why it cannot be told."""
+    name = type(layer).__name__
+    forwards = ("forward", "_conv_forward")
+    if any(getattr(type(layer), f, None) is not getattr(forward_of, f, None) for f in forwards):
+        why = _REWRITES.get(name, "has a forward of its own, so its weight may not be the map that it computes")
+        raise NotImplementedError(f"{name} {why}. Exclude it, or register its operator with as_operator.register.")
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"):
+            kind = type(hook).__module__.rsplit(".", 1)[1]
+            raise NotImplementedError(
+                f"{name} has its weight rewritten before every forward by torch.nn.utils.{kind}. "
+                f"Use torch.nn.utils.parametrizations.{kind}, or remove it."
+            )
+        if isinstance(hook, prune.BasePruningMethod):
+            # the attribute `weight` is that of the last forward
+            return hook.apply_mask(layer)
+    weight: Any = layer.weight
+    if is_lazy(weight):
+        raise ValueError(f"{name} has no weight yet: run one forward first.")
+    if hasattr(weight, "ds_id"):
+        raise ValueError(f"the weight of {name} is partitioned by DeepSpeed: gather it first, or use FSDP2.")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
+        shown = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"the weight of {name} is no floating-point matrix or kernel; got {shown}.")
+    return weight

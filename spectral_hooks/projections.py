@@ -1,0 +1,217 @@
+"""Operator → weight of the same shape whose norm obeys a bound.
+
+A convolution's kernel must lie in two sets at once: the ball `‖F(θ)‖ ≤ c` at every frequency, and the kernels of `k` taps.
+`clip` nears the closest such kernel and ends with a scaling by the certified norm, so that the promise holds whatever the
+rounds have reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite, prod
+
+import torch
+from torch import Tensor
+
+from .lattice import grid_norm, lattice_norm, normalized
+from .operators.base import LinearOperator
+from .operators.symbols import half_plane, product, symbol
+from .spectrum import spectral_norm
+
+#: A projection: operator, largest norm → weight.
+Projection = Callable[[LinearOperator, float], Tensor]
+
+#: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`.
+_OVERSAMPLING = 4
+#: A norm this little above the bound is rounding, and counts as inside.
+_TOLERANCE = 1e-6
+#: What a matrix-free norm may lack.
+_MATRIX_FREE_ERROR = 1e-5
+#: Bytes of symbols held at once.
+_CHUNK_BYTES = 1 << 27
+
+
+@torch.no_grad()
+def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tensor:
+    """Clip the singular values at `max_norm`: near the closest weight, in Frobenius distance, with `‖A‖₂ ≤ max_norm`.
+
+    For a matrix `W = U Σ Vᵀ`, and for every convolution that is one (a single tap after the polyphase form), exactly the
+    closest: `U min(Σ, c) Vᵀ`. For other convolutions each of `rounds` clips the symbol's singular values on a frequency grid
+    and crops to the kernel's taps; rounds are accelerated steps (FISTA) on the dual of
+
+        minimize ‖K - K₀‖²  subject to  ‖F(θ)‖₂ ≤ c on the grid,
+
+    and one round is the clip of Sedghi, Gupta and Long. At the end the kernel is scaled by the certified norm.
+
+    Args:
+        op: any operator. The lattice operator of a convolution bounds the layer at every input size.
+        max_norm: the bound `c > 0`.
+        rounds: more bring a convolution closer to the original; `O(N^d c³)` each, with `N = 4 (k - 1)`, whatever the input size.
+
+    Returns:
+        A weight of the same shape, dtype and device; the very same values if the norm is already at most `max_norm`.
+        Guaranteed: the norm of the returned, stored values is at most `max_norm` (certified for matrices, lattice and circular
+        operators, to 1e-5 for others), and they are never farther from the original than `rescale`'s.
+
+    Raises:
+        ValueError: `max_norm` or `rounds` out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.clip(sh.DenseOperator(torch.diag(torch.tensor([3.0, 0.5]))), max_norm=1.0)
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.5000]])
+
+    Sources: Sedghi, Gupta, Long 2019 (clip and crop); Beck, Teboulle 2009 (FISTA).
+    """
+    check_max_norm(max_norm)
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"`rounds` must be a positive int; got {rounds!r}.")
+    if _norm_above(op, max_norm) <= max_norm * (1 + _TOLERANCE):
+        return _unchanged(op)
+    kernel, scale = normalized(op.canonical())
+    clipped, peak = _clip_kernel(op, kernel, max_norm / scale, rounds)
+    clipped = _settle(op, op.from_canonical(clipped) * scale, max_norm)
+    weight = op.weight.detach()
+    moved = torch.linalg.vector_norm((clipped - weight).double())
+    # scaling moves by ‖W‖ (1 - c / norm); compare only where a lower bound of the norm leaves it open
+    if moved <= torch.linalg.vector_norm(weight.double()) * (1 - max_norm / max(peak * scale, max_norm)):
+        return clipped
+    scaled = rescale(op, max_norm)
+    return clipped if moved <= torch.linalg.vector_norm((scaled - weight).double()) else scaled
+
+
+@torch.no_grad()
+def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
+    """Scale the weight into the ball: `W / max(1, ‖A‖₂ / c)` (Gouk et al. 2018), with the certified norm.
+
+    Args:
+        op: any operator.
+        max_norm: the bound `c > 0`.
+
+    Returns:
+        A weight of the same shape, dtype and device; the very same values if the norm is already at most `max_norm`. The bound is
+        guaranteed as by `clip`.
+
+    Raises:
+        ValueError: `max_norm` out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.rescale(sh.DenseOperator(torch.diag(torch.tensor([2.0, 0.5]))), max_norm=1.0)
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    check_max_norm(max_norm)
+    if _norm_above(op, max_norm) <= max_norm * (1 + _TOLERANCE):
+        return _unchanged(op)
+    return _settle(op, op.weight.detach().to(torch.promote_types(op.weight.dtype, torch.float32)), max_norm)
+
+
+def _unchanged(op: LinearOperator) -> Tensor:
+    """The operator's own tensor, so that a caller can tell by identity that nothing was done."""
+    return op.weight.detach() if op.weight.requires_grad else op.weight
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Refuse what is no positive, finite number."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not (isfinite(max_norm) and max_norm > 0):
+        raise ValueError(f"`max_norm` must be a positive, finite number; got {max_norm!r}.")
+
+
+def _norm_above(op: LinearOperator, target: float | None = None) -> float:
+    """A number not below the norm; with a `target`, only so close as is needed to tell on which side of it the norm lies."""
+    grid = op.frequency_grid
+    if grid is not None and grid != ():
+        return grid_norm(op.canonical(), tuple(size for size, _ in grid)).upper
+    if not op.is_finite or grid == ():
+        factor = op.lattice_factor
+        return factor * lattice_norm(op.canonical(), target=None if target is None else target * (1 + _TOLERANCE) / factor).upper
+    if target is not None:
+        factor = op.lattice_factor
+        everywhere = factor * lattice_norm(op.canonical(), target=target / factor).upper
+        if everywhere <= target:
+            return everywhere
+    return float(spectral_norm(op)) * (1 + _MATRIX_FREE_ERROR)
+
+
+def _settle(op: LinearOperator, weight: Tensor, max_norm: float) -> Tensor:
+    """The weight in the dtype of the operator's, scaled down until the stored values obey the bound."""
+    eps = torch.finfo(op.weight.dtype).eps
+    fine = eps < _TOLERANCE
+    for attempt in range(1, 100):
+        stored = weight.to(op.weight)
+        norm = _norm_above(op.with_weight(stored))
+        if norm <= max_norm:
+            return stored
+        weight = weight * (max_norm / norm * (1 - (max(4 * eps, 1e-12) if fine else attempt * eps / 4)))
+        if fine:  # rounding can no longer bring the norm back above the bound
+            return weight.to(op.weight)
+    raise RuntimeError(f"no {op.weight.dtype} weight near this one has norm at most {max_norm}.")
+
+
+def _clip_kernel(op: LinearOperator, kernel: Tensor, max_norm: float, rounds: int) -> tuple[Tensor, float]:
+    """The kernel after `rounds` of the dual method, not yet inside, and the largest norm of the original on the grid."""
+    sizes, level = _clip_grid(op, kernel, max_norm)
+    theta, counts = half_plane(sizes, kernel)
+    support = op.with_weight(torch.ones_like(op.weight)).canonical() != 0
+    peak = 0.0
+
+    def crop(symbols: Tensor) -> Tensor:
+        """The adjoint of the symbol, up to the number of frequencies: transform back and keep the taps."""
+        if len(theta) == 1:
+            return symbols[0].reshape(kernel.shape)
+        angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
+        weights = counts / prod(sizes)
+        flat = symbols.flatten(1)
+        taps = (angles.cos() * weights) @ flat.real - (angles.sin() * weights) @ flat.imag
+        return taps.T.reshape(kernel.shape) * support
+
+    dual = point = torch.zeros(())
+    weight, pace = kernel, 1.0
+    for _ in range(rounds):
+        symbols = symbol(weight, theta) if len(theta) > 1 else weight.reshape(1, *kernel.shape[:3])
+        previous, (dual, largest) = dual, _excess(symbols + point, level)
+        peak = peak or largest
+        if len(theta) == 1:
+            return kernel - crop(dual), peak
+        following = (1 + (1 + 4 * pace**2) ** 0.5) / 2
+        point = dual + (pace - 1) / following * (dual - previous)
+        pace = following
+        weight = kernel - crop(point)
+    return kernel - crop(dual), peak
+
+
+def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
+    """Frequencies per axis for the clip, and the level to clip at there."""
+    taps = tuple(kernel.shape[3:])
+    sizes = tuple(max(_OVERSAMPLING * (k - 1), 1) for k in taps)
+    grid = op.frequency_grid
+    if grid is not None:
+        # a circular layer's own frequencies, or, when they are many, fewer; at least as many as there are taps
+        exact = tuple(n * -(-k // n) for (n, _), k in zip(grid, taps, strict=True))
+        return tuple(min(n, 2 * m) if m > 1 else 1 for n, m in zip(exact, sizes, strict=True)), max_norm
+    if not op.is_finite:
+        return sizes, max_norm / op.lattice_factor
+    # a finite operator may have a smaller norm than the lattice's, or with reflection a larger one
+    return sizes, max_norm * lattice_norm(kernel).value / float(spectral_norm(op.with_weight(op.from_canonical(kernel))))
+
+
+def _excess(blocks: Tensor, level: float) -> tuple[Tensor, float]:
+    """What clipping the singular values of every block at `level` takes away, and the largest singular value.
+
+    By the Gram matrix on the smaller side: with `B B* = U diag(σ²) U*` the excess is `U diag(max(1 - level / σ, 0)) U* B`.
+    """
+    rows, columns = blocks.shape[-2:]
+    if rows > columns:
+        excess, largest = _excess(blocks.mT, level)
+        return excess.mT, largest
+    chunk = max(_CHUNK_BYTES // (16 * blocks[0].numel()), 1)
+    parts, largest = [], 0.0
+    for part in blocks.split(chunk):
+        squared, u = torch.linalg.eigh(part @ part.mH)
+        sigma = squared.clamp(min=0).sqrt()
+        gain = (1 - level / sigma).clamp(min=0)
+        parts.append((u * gain.unsqueeze(-2)) @ (u.mH @ part))
+        largest = max(largest, float(sigma.amax()))
+    return torch.cat(parts), largest
