@@ -1,19 +1,22 @@
 """The certified norm of the lattice operator: `S = sup_θ ‖F(θ)‖₂` by branch and bound over the frequencies.
 
-Two facts, both from M. Riesz's lemma on the trigonometric polynomial `‖F(θ) v‖²` of degree `k - 1`, `0 ≤ · ≤ S²`:
+By M. Riesz's lemma on the trigonometric polynomial `‖F(θ) v‖²`, of degree `k - 1` and between 0 and `S²`, the angle
+`φ(θ) = arccos(‖F(θ)‖ / S)` obeys `|φ(θ) - φ(θ')| ≤ Σ_i (k_i - 1) |θ_i - θ'_i| / 2`. So a cell of frequencies whose points are at
+most `a` from its centre, in that metric, holds the supremum only if `‖F(centre)‖ ≥ S cos(a)`: when `‖F(centre)‖ < U cos(a)` for
+the centres of cells that cover the torus, `S ≤ U`. Cells that pass are dropped, the others split, until none is left for
+`U = (1 + rtol) L`, with `L` the largest norm seen.
 
-- **cells.** `φ(θ) = arccos(‖F(θ)‖ / S)` obeys `|φ(θ) - φ(θ')| ≤ Σ_i (k_i - 1) |θ_i - θ'_i| / 2`. So the cell that holds the
-  supremum has `‖F(centre)‖ ≥ S cos(a)`, with `a = Σ_i (k_i - 1) w_i / 4` for cells of widths `w`: all others go.
-- **grid.** `S ≤ max_grid ‖F‖ · Π_i 1 / cos((k_i - 1) w_i / 4)` for a full grid of spacings `w` (tighter than the sum of the
-  angles, but about the whole grid). Cells are dropped with so much slack that the largest value on the *finest* full
-  grid is always among those kept: the result is that of the full grid, whatever path the search took.
+The metric is a sum over the axes, and its balls in two dimensions are diamonds. They tile the plane, and take half as many
+evaluations as squares: centres form a checkerboard, and a diamond splits into four.
 
-All in float64, which holds every weight exactly; the rounding of a Cholesky test (Rump 2006), at most `4 n² eps`, is added.
+All in float64, which holds every weight exactly. `‖F(centre)‖ < τ` is proven by a Cholesky factor of `τ² I - F F*`; its rounding,
+at most `n (n + 1) eps` relative (Rump 2006), is added to the result.
 """
 
 from __future__ import annotations
 
-from math import acos, ceil, cos, floor, inf, log2, pi, prod, sqrt
+from collections.abc import Iterator
+from math import acos, ceil, cos, floor, inf, log2, pi, sqrt
 from typing import NamedTuple
 
 import torch
@@ -21,12 +24,20 @@ from torch import Tensor
 
 from .operators.symbols import Gram, half_plane, product, trim
 
-#: Bytes of Gram matrices held at once.
-_CHUNK_BYTES = 1 << 26
+#: Bytes of Gram matrices held at once: few enough to stay in a cache.
+_CHUNK_BYTES = 1 << 24
 #: Up to this size an eigenvalue solver is as fast as a test by Cholesky.
 _SMALL = 24
-#: Evaluations spent on a weight below the target, but so close that `rtol` does not tell.
-_CLOSE_CALL_BUDGET = 4096
+#: Evaluations, times the matrix size, spent on proving a norm below a target when `rtol` does not tell.
+_CLOSE_CALL_BUDGET = 1 << 17
+#: Cells per level whose norm is found more closely.
+_LEADERS = 4
+#: The largest angle of a first cell.
+_WIDEST = 0.8
+#: Restarts of 24 Krylov steps before an eigenvalue solver takes over.
+_MOST_RESTARTS = 8
+#: No cell is halved more often: the angle is then below the rounding.
+_MOST_LEVELS = 40
 
 
 class LatticeNorm(NamedTuple):
@@ -38,6 +49,41 @@ class LatticeNorm(NamedTuple):
     theta: Tensor
 
 
+class Cells(NamedTuple):
+    """Cells of one size: groups, centres, and an approximate top vector for each (of size 0 where none is needed).
+
+    `radius` is their extent along each axis: a diamond in the first two axes, an interval in the third.
+    """
+
+    group: Tensor
+    centre: Tensor
+    vector: Tensor
+    radius: Tensor
+
+    def split(self, keep: Tensor) -> Cells:
+        """The cells to keep, each split into `2^d` of half the radius; they inherit its vector."""
+        offsets = _split_pattern(self.radius.numel(), self.radius) * self.radius / 2
+        centre = (self.centre[keep].unsqueeze(1) + offsets).flatten(0, 1)
+        copies = len(offsets)
+        return Cells(
+            self.group[keep].repeat_interleave(copies),
+            centre,
+            self.vector[keep].repeat_interleave(copies, dim=0),
+            self.radius / 2,
+        )
+
+
+def _split_pattern(dims: int, like: Tensor) -> Tensor:
+    """Where the parts of a cell of radius 2 have their centres, `(2^d, d)`."""
+    ends = like.new_tensor([[-1.0], [1.0]])
+    if dims == 1:
+        return ends
+    diamond = like.new_tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])
+    if dims == 2:
+        return diamond
+    return torch.cat([diamond.repeat_interleave(2, dim=0), ends.repeat(4, 1)], dim=1)
+
+
 class Peak(NamedTuple):
     """The largest norm seen so far, and where."""
 
@@ -45,36 +91,33 @@ class Peak(NamedTuple):
     group: int
     theta: Tensor
 
-
-class Cells(NamedTuple):
-    """Boxes of frequencies: the group that each belongs to, its centre, and the widths that all share."""
-
-    group: Tensor
-    centre: Tensor
-    width: Tensor
-
-    def split(self, keep: Tensor) -> Cells:
-        """The halves, along every axis, of the cells to keep."""
-        offsets = product([torch.tensor([-0.25, 0.25])] * self.width.numel(), self.width) * self.width
-        centre = (self.centre[keep].unsqueeze(1) + offsets).flatten(0, 1)
-        return Cells(self.group[keep].repeat_interleave(len(offsets)), centre, self.width / 2)
+    def or_at(self, squared: float, cells: Cells, index: int) -> Peak:
+        """This, or that of a cell if it is larger."""
+        if squared <= self.value**2:
+            return self
+        return Peak(sqrt(squared), int(cells.group[index]), cells.centre[index])
 
 
 def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None) -> LatticeNorm:
-    """Bracket the supremum of the symbol's norm.
+    """Bracket the supremum of the symbol's norm: `upper ≤ value (1 + rtol)`.
 
     Args:
         kernel: canonical kernel `(groups, rows, columns, *taps)`.
-        rtol: the bracket ends with `upper ≤ S (1 + rtol)`.
-        target: stop as soon as `upper ≤ target` or `lower > target` is proven; look closer than `rtol` where that helps.
+        rtol: relative width of the bracket.
+        target: only find out on which side of it the supremum lies. Then `upper` is at most `target` if that is proven (looking
+            closer than `rtol` where it helps, within limits), infinite if `value > target` is, and as without otherwise.
 
     Raises:
         ValueError: the kernel holds NaN or infinity.
     """
     kernel, scale = normalized(kernel.detach())
     kernel = trim(kernel)
-    goal = None if target is None else target / scale
-    found = _search(Gram(kernel), torch.tensor(kernel.shape[3:]).to(kernel) - 1, rtol, goal)
+    gram = Gram(kernel)
+    degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
+    if degree.numel() == 0:
+        found = _largest_of(gram, degree[None])
+    else:
+        found = _search(gram, degree, rtol, None if target is None else target / scale)
     return found._replace(upper=found.upper * scale, value=found.value * scale)
 
 
@@ -85,12 +128,9 @@ def grid_norm(kernel: Tensor, sizes: tuple[int, ...]) -> LatticeNorm:
         ValueError: the kernel holds NaN or infinity.
     """
     kernel, scale = normalized(kernel.detach())
-    gram = Gram(kernel)
     theta, _ = half_plane(sizes, kernel)
-    groups = torch.arange(gram.groups, device=theta.device)
-    cells = Cells(groups.repeat_interleave(len(theta)), theta.repeat(gram.groups, 1), theta.new_zeros(len(sizes)))
-    best, _ = _survey(gram, cells, Peak(0.0, 0, theta[0]), cosine=1.0)
-    return LatticeNorm(best.value * scale, best.value * scale, best.group, best.theta)
+    found = _largest_of(Gram(kernel), theta)
+    return found._replace(upper=found.upper * scale, value=found.value * scale)
 
 
 def normalized(kernel: Tensor) -> tuple[Tensor, float]:
@@ -107,94 +147,159 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
 
 
 def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
-    dims = degree.numel()
-    groups = torch.arange(gram.groups, device=degree.device)
-    # the symbol is often largest at zero or at the Nyquist frequency, which no centre of a cell meets
-    corners = product([torch.tensor([0.0, pi], dtype=torch.float64)] * dims, degree)
-    first = Cells(groups.repeat_interleave(len(corners)), corners.repeat(len(groups), 1), degree)
-    best, _ = _survey(gram, first, Peak(0.0, 0, corners[0]), cosine=1.0)
-    margin = 1 + 4 * gram.size**2 * torch.finfo(degree.dtype).eps
-    if dims == 0:
-        return LatticeNorm(best.value * margin, *best)
-
-    # widths that halve `levels` times, down to a full grid whose factor is 1 + rtol
-    finest_angle = acos((1 + rtol) ** (-1 / dims))
-    levels = max(floor(log2(pi / (2 * finest_angle) / 3)), 0)
-    counts = [ceil(pi * d / (2 * finest_angle) / 2**levels) for d in degree.tolist()]
-    cells = _first_cells(groups, degree.new_tensor(counts))
-    finest = cells.width / 2**levels
-    slack = acos((1 + rtol) ** -1)
-
-    level = evaluated = 0
-    while True:
-        angle = float(degree @ cells.width) / 4
-        reach = max(float(degree @ (cells.width - finest)) / 4 + slack, angle)
-        best, keep = _survey(gram, cells, best, cosine=cos(min(reach, pi / 2)))
-        evaluated += len(keep)
-        factor = 1 / cos(angle) if angle < pi / 2 else inf
-        if level == levels:
-            factor = min(factor, prod(1 / cos(a) for a in (degree * cells.width / 4).tolist()))
-        upper = best.value * factor * margin
-        if goal is not None and (upper <= goal or best.value > goal):
+    """Branch and bound."""
+    cells = _first_cells(gram, degree, finest=acos(1 / (1 + rtol)))
+    best = Peak(0.0, 0, cells.centre[0])
+    evaluations = 0
+    for _ in range(_MOST_LEVELS):
+        evaluations += len(cells.group)
+        aims_at_goal = goal is not None and evaluations * gram.size < _CLOSE_CALL_BUDGET
+        cosine = cos(min(_angle(degree, cells.radius), pi / 2))
+        keep, lowers, vectors = [], [], []
+        for part in _chunks(gram, cells):
+            matrices = gram(part.group, part.centre)
+            lower, vector = _estimates(matrices, part.vector)
+            top = int(lower.argmax())
+            best = best.or_at(float(lower[top]), part, top)
+            if goal is not None and best.value > goal:
+                return LatticeNorm(inf, *best)
+            bound = goal if goal is not None and aims_at_goal else best.value * (1 + rtol)
+            keep.append(~_below(matrices, lower, (bound * cosine) ** 2))
+            lowers.append(lower)
+            vectors.append(vector)
+        kept = torch.cat(keep)
+        if not kept.any():
             break
-        if level >= levels and (goal is None or level == levels + 10 or evaluated > _CLOSE_CALL_BUDGET):
-            break
-        cells = cells.split(keep)
-        level += 1
-    return LatticeNorm(upper, *best)
+        # the closer the best to the supremum, the more cells go; near-ties defeat a few power steps
+        leaders = torch.cat(lowers).topk(min(_LEADERS, len(kept))).indices
+        if gram.size > _SMALL:
+            matrices = gram(cells.group[leaders], cells.centre[leaders])
+            exact, _ = _krylov(matrices, torch.cat(vectors)[leaders], steps=24)
+            best = best.or_at(float(exact.max()), cells, int(leaders[exact.argmax()]))
+        cells = cells._replace(vector=torch.cat(vectors)).split(kept)
+    else:
+        raise RuntimeError("the branch and bound did not end; please report this weight.")
+    found = _largest_of(gram, best.theta[None])
+    upper = goal if goal is not None and aims_at_goal else found.value * (1 + rtol)
+    return found._replace(upper=upper)
 
 
-def _first_cells(groups: Tensor, counts: Tensor) -> Cells:
-    """Cells that tile half of the torus (the symbol at `-θ` is the conjugate), for every group."""
-    width = 2 * pi / counts
-    half = [(n + 1) // 2 if axis == 0 else n for axis, n in enumerate(counts.long().tolist())]
-    centres = (product([torch.arange(n) for n in half], counts) + 0.5) * width
-    return Cells(groups.repeat_interleave(len(centres)), centres.repeat(len(groups), 1), width)
+def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
+    """The largest norm at these frequencies: `upper` exceeds it by rounding only."""
+    best = Peak(0.0, 0, theta[0])
+    ties = 1 + max(_rounding(gram.size), 1e-10)
+    for part in _chunks(gram, _at(gram, theta, theta.new_zeros(theta.shape[1]))):
+        matrices = gram(part.group, part.centre)
+        lower, vector = _estimates(matrices, part.vector)
+        left = torch.arange(len(lower), device=lower.device)
+        while len(left):
+            # the most promising one is found exactly, and all that are then proven not to exceed the best are done
+            top = int(left[lower[left].argmax()])
+            lower[top], vector[top] = _exact(matrices[top], vector[top], lower[top])
+            best = best.or_at(float(lower[top]), part, top)
+            left = left[~_below(matrices[left], lower[left], best.value**2 * ties)]
+    return LatticeNorm(best.value * sqrt(ties), *best)
 
 
-def _survey(gram: Gram, cells: Cells, best: Peak, cosine: float) -> tuple[Peak, Tensor]:
-    """The largest norm over `best` and the centres, and which centres reach `cosine` times that norm."""
-    keep = []
-    chunk = max(_CHUNK_BYTES // (16 * gram.size**2), 1)
-    for group, centre in zip(cells.group.split(chunk), cells.centre.split(chunk), strict=True):
-        matrices = gram(group, centre)
-        lower = _squared_norms(matrices) if gram.size <= _SMALL else _power(matrices)
-        candidates = torch.ones_like(lower, dtype=torch.bool)
-        while candidates.any():
-            top = int(torch.where(candidates, lower, -1.0).argmax())
-            squared = float(_squared_norms(matrices[top : top + 1]))
-            if squared > best.value**2:
-                best = Peak(sqrt(squared), int(group[top]), centre[top])
-            lower[top] = squared
-            candidates[top] = False
-            candidates &= _may_reach(matrices, lower, best.value**2, candidates)
-        threshold = (best.value * cosine) ** 2
-        keep.append((lower >= threshold) | _may_reach(matrices, lower, threshold, lower < threshold))
-    return best, torch.cat(keep)
+def _first_cells(gram: Gram, degree: Tensor, finest: float) -> Cells:
+    """Cells that cover half of the torus (the symbol at `-θ` is the conjugate), a power of two times the angle `finest` wide."""
+    share = {1: [1.0], 2: [1.0, 1.0], 3: [2 / 3, 2 / 3, 1 / 3]}[degree.numel()]
+    widest = finest * 2 ** max(floor(log2(_WIDEST / finest)), 0)
+    counts, radius = [], []
+    for axis, (k, part) in enumerate(zip(degree.tolist(), share, strict=True)):
+        diamond = degree.numel() > 1 and axis < 2
+        spacings = 2 if diamond else 1  # a diamond reaches to its neighbours' centres, an interval half as far
+        count = ceil(pi * k * spacings / (2 * part * widest))
+        counts.append(count + count % spacings)
+        radius.append(pi * spacings / counts[-1])
+    steps = product([torch.arange(n // 2 + 1 if axis == 0 else n) for axis, n in enumerate(counts)], degree)
+    if degree.numel() > 1:
+        steps = steps[(steps[:, 0] + steps[:, 1]) % 2 == 0]
+    return _at(gram, steps * (2 * pi / degree.new_tensor(counts)), degree.new_tensor(radius))
+
+
+def _at(gram: Gram, centre: Tensor, radius: Tensor) -> Cells:
+    """Cells at these centres for every group."""
+    groups = torch.arange(gram.groups, device=centre.device).repeat_interleave(len(centre))
+    vector = torch.empty(len(groups), 0, dtype=torch.complex128, device=centre.device)
+    return Cells(groups, centre.repeat(gram.groups, 1), vector, radius)
+
+
+def _angle(degree: Tensor, radius: Tensor) -> float:
+    """The largest distance of a cell's points from its centre."""
+    reach = (degree * radius / 2).tolist()
+    return max(reach[:2]) + sum(reach[2:])
+
+
+def _chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:
+    count = max(_CHUNK_BYTES // (16 * gram.size**2), 1)
+    parts = zip(cells.group.split(count), cells.centre.split(count), cells.vector.split(count), strict=True)
+    return (Cells(*part, cells.radius) for part in parts)
+
+
+def _estimates(matrices: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues, exact if small, else from below by a few Krylov steps; and the vectors that attain them."""
+    if matrices.shape[-1] <= _SMALL:
+        return _squared_norms(matrices), vector
+    if vector.shape[1] == 0:
+        start = matrices.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
+        return _krylov(matrices, matrices.take_along_dim(start[:, None, None], dim=-1).squeeze(-1), steps=4)
+    return _krylov(matrices, vector, steps=2)
+
+
+def _exact(matrix: Tensor, vector: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalue of one matrix, to rounding, from an approximate vector and its value."""
+    if matrix.shape[-1] <= _SMALL:
+        return lower, vector
+    matrix, vector = matrix[None], vector[None]
+    for _ in range(_MOST_RESTARTS):
+        value, vector = _krylov(matrix, vector, steps=24)
+        residual = (matrix @ vector.unsqueeze(-1)).squeeze(-1) - value.unsqueeze(-1) * vector
+        # the error of the value is the square of this, over the gap
+        if float(torch.linalg.vector_norm(residual)) <= 1e-8 * float(value):
+            return value[0], vector[0]
+    return _squared_norms(matrix)[0], vector[0]
+
+
+def _krylov(matrices: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Lanczos from a vector for every Hermitian matrix: the largest Ritz values, from below, and their unit vectors."""
+    basis = _unit(vector).unsqueeze(-1)
+    images = matrices @ basis
+    for _ in range(steps):
+        fresh = images[..., -1:]
+        for _ in range(2):
+            fresh = fresh - basis @ (basis.mH @ fresh)
+        fresh = _unit(fresh.squeeze(-1)).unsqueeze(-1)
+        basis = torch.cat([basis, fresh], -1)
+        images = torch.cat([images, matrices @ fresh], -1)
+    ritz = torch.linalg.eigh(basis.mH @ images).eigenvectors[..., -1:]
+    # a start that is an eigenvector leaves a basis that is not orthonormal: the quotient holds all the same
+    length = torch.linalg.vector_norm(basis @ ritz, dim=-2, keepdim=True)
+    vector, image = (basis @ ritz / length).squeeze(-1), (images @ ritz / length).squeeze(-1)
+    return (vector.conj() * image).sum(-1).real, vector
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=1e-300)
 
 
 def _squared_norms(matrices: Tensor) -> Tensor:
     if matrices.shape[-1] == 1:
-        return matrices[..., 0, 0].real.clone()
+        return matrices[..., 0, 0].real
     return torch.linalg.eigvalsh(matrices)[..., -1]
 
 
-def _power(matrices: Tensor, steps: int = 4) -> Tensor:
-    """Lower estimates of the largest eigenvalues, from the column with the largest diagonal entry."""
-    start = matrices.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
-    vector = matrices.take_along_dim(start[:, None, None], dim=-1)
-    for _ in range(steps):
-        vector = matrices @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
-    return torch.linalg.vector_norm(vector, dim=(-2, -1))
-
-
-def _may_reach(matrices: Tensor, lower: Tensor, level: float, asked: Tensor) -> Tensor:
-    """Which of the `asked` matrices are not proven below `level`: those for which `level · I - G` has no Cholesky factor."""
+def _below(matrices: Tensor, lower: Tensor, level: float) -> Tensor:
+    """Which of the matrices are proven to have their largest eigenvalue below `level`, given lower estimates."""
     size = matrices.shape[-1]
-    if size <= _SMALL:  # `lower` is exact
-        return asked & (lower > level)
-    result = torch.zeros_like(asked)
-    if asked.any():
-        shifted = level * torch.eye(size, dtype=matrices.dtype, device=matrices.device) - matrices[asked]
-        result[asked] = torch.linalg.cholesky_ex(shifted).info != 0
-    return result
+    level = level / (1 + _rounding(size))
+    below = lower < level
+    if size > _SMALL and below.any():  # for small matrices the estimates are exact
+        shifted = -matrices if bool(below.all()) else -matrices[below]
+        shifted.diagonal(dim1=-2, dim2=-1).add_(level)
+        below[below.clone()] = torch.linalg.cholesky_ex(shifted).info == 0
+    return below
+
+
+def _rounding(size: int) -> float:
+    return 4 * size * (size + 1) * torch.finfo(torch.float64).eps

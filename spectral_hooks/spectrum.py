@@ -37,8 +37,8 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
         Differentiable, but for matrix-free results.
 
     Raises:
-        ValueError: the lattice operator (its singular values are a continuum), a `k` out of range, or an operator too large
-            for all of them.
+        ValueError: the lattice operator (its singular values are a continuum), a `k` out of range, NaN or infinity in the
+            weight, or an operator too large for all of them.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -51,6 +51,7 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     if k is not None and not (isinstance(k, int) and 1 <= k <= count):
         raise ValueError(f"`k` must be an int from 1 to {count}, the number of singular values; got {k!r}.")
     weight = op.weight
+    check_finite(weight)
     op = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     grid = op.frequency_grid
     if grid is not None:
@@ -115,10 +116,10 @@ def spectral_norm(op: LinearOperator, rtol: float = 1e-3) -> Tensor:
 
 def _norm(op: LinearOperator, rtol: float) -> Tensor:
     weight = op.weight
+    check_finite(weight)
     op = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     grid = op.frequency_grid
     if op.is_finite and grid is None:
-        check_finite(weight)
         value, left, right = (t[0] for t in largest(op))
         return value if not weight.requires_grad else _with_gradient(value, (left * op.matvec(right)).sum())
     kernel = op.canonical()
@@ -128,7 +129,8 @@ def _norm(op: LinearOperator, rtol: float) -> Tensor:
     else:
         factor = op.lattice_factor
         kernel = trim(kernel)
-        found = lattice_norm(kernel, rtol)
+        # a little closer than asked: casts, and whoever compares with a sampled supremum, need room too
+        found = lattice_norm(kernel, 0.8 * rtol)
         # the cast must not round below
         norm = kernel.new_tensor(found.upper * factor * (1 + torch.finfo(kernel.dtype).eps))
     if not weight.requires_grad:
@@ -144,6 +146,8 @@ def _with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:
 
 
 def check_finite(weight: Tensor) -> None:
-    """Refuse NaN and infinity."""
+    """Refuse NaN and infinity, and weights without values."""
+    if weight.is_meta:
+        raise ValueError("`weight` is on the meta device and has no values: materialize the model first.")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("`weight` contains NaN or infinity: look at the training step before; the weight is left as it is.")
