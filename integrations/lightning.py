@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from torch.optim import Optimizer
-
 from spectral_hooks import hooks
 from spectral_hooks.selection import Patterns
 
@@ -27,21 +25,33 @@ def _callback_classes() -> tuple[type, ...]:
 
 _Callback: Any = type("_Callback", _callback_classes(), {})
 
+#: Strategies that train on copies of their own of the weights, by the name of their class.
+_OWN_COPIES = {"DeepSpeedStrategy", "FSDPStrategy"}
+
 
 class HookCallback(_Callback):
     """Lightning's events as those of a hook: started when training starts, called at every real optimizer step.
 
     The hook is installed on the trainer's optimizers, so gradient accumulation, manual optimization, several optimizers, LBFGS
-    and steps that loss scaling skips are seen as they are.
+    and steps that loss scaling skips are seen as they are. Every fit starts from the state that the hook was given in, or from
+    that of the checkpoint which it resumes.
 
     Args:
-        hook: any `spectral_hooks.hooks.Hook`.
+        hook: a `spectral_hooks.hooks.Hook` that also has `attach`, `state_dict` and `load_state_dict`.
+
+    Raises:
+        NotImplementedError: at the start of a fit, the strategy trains on copies of its own (DeepSpeed, the old FSDP).
     """
 
     def __init__(self, hook: Any) -> None:
         super().__init__()
         self.hook = hook
+        self._initial = hook.state_dict()
         self._handle: hooks.Handle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # settings and progress; neither the hooks on the optimizers nor the model, whose `log` the trainer puts here
+        return {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict")} | {"_handle": None}
 
     @property
     def state_key(self) -> str:
@@ -53,10 +63,21 @@ class HookCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.hook.load_state_dict(state_dict)
 
+    # comes before a checkpoint is restored
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        if _OWN_COPIES & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+            raise NotImplementedError(
+                f"{type(trainer.strategy).__name__} trains on flattened copies of the weights, so what is written into a layer "
+                "is lost. Use DDPStrategy, or ModelParallelStrategy with fully_shard."
+            )
+        self._remove()
+        self.hook.load_state_dict(self._initial)
+
     # by now the checkpoint is restored and the optimizers exist; no later event covers the first weights
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        optimizers: list[Optimizer] = trainer.optimizers
-        self._handle = self.hook.attach(pl_module, optimizers)
+        self._handle = self.hook.attach(pl_module, trainer.optimizers)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._remove()
@@ -73,6 +94,10 @@ class HookCallback(_Callback):
 
 class SpectralClip(HookCallback):
     """`spectral_hooks.SpectralClip` as a callback: every layer's operator norm at most `max_norm` after every step.
+
+    Guaranteed: the bound holds when training starts, after every `every`-th optimizer step, and in the model that `fit` leaves.
+    With `every=1` it also holds in every checkpoint, wherever in the list callbacks stand that change weights between steps
+    (pruning, averaging).
 
     Args:
         max_norm, layers, exclude, every, rounds: as for `spectral_hooks.SpectralClip`.
@@ -105,10 +130,31 @@ class SpectralClip(HookCallback):
         return self.hook.skipped
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.logs:
+        # a run resumed between two projections has measured nothing yet
+        if self.logs and self.hook.largest_norm is not None:
             self.log("spectral_clip/norm_before", self.hook.largest_norm)
             self.log("spectral_clip/clipped", float(self.hook.clipped))
 
-    # with every > 1 the last steps may not have been projected
+    # Pruning and averaging change weights at these events, before or after this callback as the user has listed them. A weight
+    # inside stays bit for bit; with every > 1 projecting here would make training depend on when it is validated and saved.
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._project(final=False)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._project(final=False)
+
+    # the checkpoint's tensors are those of the model
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._project(final=False)
+
+    # with every > 1 the last steps may not have been projected; before the last checkpoint is written
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.hook.project()
+        self._project(final=True)
+
+    # after all callbacks' on_train_end, where averages become the model
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._project(final=True)
+
+    def _project(self, final: bool) -> None:
+        if self._handle is not None and (final or self.hook.every == 1):
+            self.hook.project()

@@ -30,6 +30,10 @@ _CHUNK_BYTES = 1 << 24
 _SMALL = 24
 #: Evaluations, times the matrix size, spent on proving a norm below a target when `rtol` does not tell.
 _CLOSE_CALL_BUDGET = 1 << 17
+#: Frequencies looked at for a good start.
+_SAMPLE = 64
+#: The angle of the cells that judge many points of a fine grid at once.
+_COARSE = 0.2
 #: Cells per level whose norm is found more closely.
 _LEADERS = 4
 #: The largest angle of a first cell.
@@ -59,6 +63,10 @@ class Cells(NamedTuple):
     centre: Tensor
     vector: Tensor
     radius: Tensor
+
+    def at(self, index: Tensor) -> Cells:
+        """The cells with these indices, or under this mask."""
+        return Cells(self.group[index], self.centre[index], self.vector[index], self.radius)
 
     def split(self, keep: Tensor) -> Cells:
         """The cells to keep, each split into `2^d` of half the radius; they inherit its vector."""
@@ -121,15 +129,27 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     return found._replace(upper=found.upper * scale, value=found.value * scale)
 
 
-def grid_norm(kernel: Tensor, sizes: tuple[int, ...]) -> LatticeNorm:
+def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = torch.float64) -> LatticeNorm:
     """The largest norm of the symbol over the full frequency grid of `sizes`: exact for a circular convolution.
+
+    Args:
+        kernel: canonical kernel `(groups, rows, columns, *taps)`.
+        sizes: frequencies per axis.
+        screen: in float32 the winner is found twice as fast, and can be one whose norm is 1e-6 short; `upper` is no proof then.
 
     Raises:
         ValueError: the kernel holds NaN or infinity.
     """
     kernel, scale = normalized(kernel.detach())
     theta, _ = half_plane(sizes, kernel)
-    found = _largest_of(Gram(kernel), theta)
+    gram = Gram(kernel)
+    degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
+    if screen == torch.float32:
+        single = gram.single()
+        theta = _largest_of(single, _promising(single, degree, theta)).theta[None]
+    else:
+        theta = _promising(gram, degree, theta)
+    found = _largest_of(gram, theta)
     return found._replace(upper=found.upper * scale, value=found.value * scale)
 
 
@@ -148,7 +168,9 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
 
 def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
     """Branch and bound."""
-    cells = _first_cells(gram, degree, finest=acos(1 / (1 + rtol)))
+    # the last level is then as wide as it may be
+    finest = acos(1 / (1 + rtol))
+    cells = _tiling(gram, degree, finest * 2 ** max(floor(log2(_WIDEST / finest)), 0))
     best = Peak(0.0, 0, cells.centre[0])
     evaluations = 0
     for _ in range(_MOST_LEVELS):
@@ -164,19 +186,16 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> Latt
             if goal is not None and best.value > goal:
                 return LatticeNorm(inf, *best)
             bound = goal if goal is not None and aims_at_goal else best.value * (1 + rtol)
-            keep.append(~_below(matrices, lower, (bound * cosine) ** 2))
+            keep.append(~_below(matrices, lower, (bound * cosine) ** 2 / (1 + _rounding(gram.size))))
             lowers.append(lower)
             vectors.append(vector)
         kept = torch.cat(keep)
         if not kept.any():
             break
-        # the closer the best to the supremum, the more cells go; near-ties defeat a few power steps
-        leaders = torch.cat(lowers).topk(min(_LEADERS, len(kept))).indices
-        if gram.size > _SMALL:
-            matrices = gram(cells.group[leaders], cells.centre[leaders])
-            exact, _ = _krylov(matrices, torch.cat(vectors)[leaders], steps=24)
-            best = best.or_at(float(exact.max()), cells, int(leaders[exact.argmax()]))
-        cells = cells._replace(vector=torch.cat(vectors)).split(kept)
+        cells = cells._replace(vector=torch.cat(vectors))
+        # the closer the best to the supremum, the more cells go; near-ties defeat a few Krylov steps
+        best = _leader(gram, cells.at(torch.cat(lowers).topk(min(_LEADERS, len(kept))).indices), best)
+        cells = cells.split(kept)
     else:
         raise RuntimeError("the branch and bound did not end; please report this weight.")
     found = _largest_of(gram, best.theta[None])
@@ -186,30 +205,61 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> Latt
 
 def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
     """The largest norm at these frequencies: `upper` exceeds it by rounding only."""
-    best = Peak(0.0, 0, theta[0])
-    ties = 1 + max(_rounding(gram.size), 1e-10)
-    for part in _chunks(gram, _at(gram, theta, theta.new_zeros(theta.shape[1]))):
+    cells = _at(gram, theta, theta.new_zeros(theta.shape[1]))
+    best = _leader(gram, cells.at(torch.arange(0, len(cells.group), len(cells.group) // _SAMPLE + 1)))
+    ties = 1 + (max(_rounding(gram.size), 1e-10) if gram.lags.dtype == torch.float64 else 1e-6)
+    for part in _chunks(gram, cells):
         matrices = gram(part.group, part.centre)
+        # most are proven at once not to exceed a good start; of the others, one after the other becomes exact
+        rest = ~_below(matrices, None, best.value**2 * ties)
+        part, matrices = part.at(rest), matrices[rest]
         lower, vector = _estimates(matrices, part.vector)
         left = torch.arange(len(lower), device=lower.device)
         while len(left):
-            # the most promising one is found exactly, and all that are then proven not to exceed the best are done
             top = int(left[lower[left].argmax()])
-            lower[top], vector[top] = _exact(matrices[top], vector[top], lower[top])
-            best = best.or_at(float(lower[top]), part, top)
+            value, _ = _exact(matrices[top], vector[top], lower[top])
+            best = best.or_at(float(value), part, top)
+            left = left[left != top]
             left = left[~_below(matrices[left], lower[left], best.value**2 * ties)]
     return LatticeNorm(best.value * sqrt(ties), *best)
 
 
-def _first_cells(gram: Gram, degree: Tensor, finest: float) -> Cells:
-    """Cells that cover half of the torus (the symbol at `-θ` is the conjugate), a power of two times the angle `finest` wide."""
+def _leader(gram: Gram, cells: Cells, best: Peak | None = None) -> Peak:
+    """The largest norm among these cells' centres and `best`, quickly: a few Krylov steps more at the most promising ones."""
+    best = best or Peak(0.0, 0, cells.centre[0])
+    matrices = gram(cells.group, cells.centre)
+    lower, vector = _estimates(matrices, cells.vector)
+    leaders = lower.topk(min(_LEADERS, len(lower))).indices
+    if gram.size > _SMALL:
+        lower[leaders], _ = _krylov(matrices[leaders], vector[leaders], steps=12)
+    top = int(leaders[lower[leaders].argmax()])
+    return best.or_at(float(lower[top]), cells, top)
+
+
+def _promising(gram: Gram, degree: Tensor, theta: Tensor) -> Tensor:
+    """The frequencies of a fine grid at which its largest norm can be, judged by cells of the torus that hold many of them."""
+    if gram.groups > 1 or gram.size <= _SMALL or bool((degree == 0).any()):
+        return theta
+    cells = _tiling(gram, degree, _COARSE)
+    if 2 * len(cells.group) > len(theta):
+        return theta
+    angle = _angle(degree, cells.radius)
+    best = _leader(gram, _at(gram, theta[:: len(theta) // _SAMPLE + 1], cells.radius))
+    parts = [_below(gram(p.group, p.centre), None, (best.value * cos(angle)) ** 2) for p in _chunks(gram, cells)]
+    centres = cells.centre[~torch.cat(parts)]
+    apart = (theta.unsqueeze(1) - centres).remainder(2 * pi)
+    distance = torch.minimum(apart, 2 * pi - apart) @ (degree / 2)
+    return theta[(distance <= angle * (1 + 1e-9)).any(1)]
+
+
+def _tiling(gram: Gram, degree: Tensor, angle: float) -> Cells:
+    """Cells that cover half of the torus (the symbol at `-θ` is the conjugate), their points at most `angle` from the centres."""
     share = {1: [1.0], 2: [1.0, 1.0], 3: [2 / 3, 2 / 3, 1 / 3]}[degree.numel()]
-    widest = finest * 2 ** max(floor(log2(_WIDEST / finest)), 0)
     counts, radius = [], []
     for axis, (k, part) in enumerate(zip(degree.tolist(), share, strict=True)):
         diamond = degree.numel() > 1 and axis < 2
         spacings = 2 if diamond else 1  # a diamond reaches to its neighbours' centres, an interval half as far
-        count = ceil(pi * k * spacings / (2 * part * widest))
+        count = ceil(pi * k * spacings / (2 * part * angle))
         counts.append(count + count % spacings)
         radius.append(pi * spacings / counts[-1])
     steps = product([torch.arange(n // 2 + 1 if axis == 0 else n) for axis, n in enumerate(counts)], degree)
@@ -221,7 +271,7 @@ def _first_cells(gram: Gram, degree: Tensor, finest: float) -> Cells:
 def _at(gram: Gram, centre: Tensor, radius: Tensor) -> Cells:
     """Cells at these centres for every group."""
     groups = torch.arange(gram.groups, device=centre.device).repeat_interleave(len(centre))
-    vector = torch.empty(len(groups), 0, dtype=torch.complex128, device=centre.device)
+    vector = torch.empty(len(groups), 0, device=centre.device)
     return Cells(groups, centre.repeat(gram.groups, 1), vector, radius)
 
 
@@ -256,7 +306,7 @@ def _exact(matrix: Tensor, vector: Tensor, lower: Tensor) -> tuple[Tensor, Tenso
         value, vector = _krylov(matrix, vector, steps=24)
         residual = (matrix @ vector.unsqueeze(-1)).squeeze(-1) - value.unsqueeze(-1) * vector
         # the error of the value is the square of this, over the gap
-        if float(torch.linalg.vector_norm(residual)) <= 1e-8 * float(value):
+        if float(torch.linalg.vector_norm(residual)) <= max(1e-8, 30 * torch.finfo(lower.dtype).eps) * float(value):
             return value[0], vector[0]
     return _squared_norms(matrix)[0], vector[0]
 
@@ -289,13 +339,14 @@ def _squared_norms(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrices)[..., -1]
 
 
-def _below(matrices: Tensor, lower: Tensor, level: float) -> Tensor:
-    """Which of the matrices are proven to have their largest eigenvalue below `level`, given lower estimates."""
+def _below(matrices: Tensor, lower: Tensor | None, level: float) -> Tensor:
+    """Which of the matrices are proven to have no eigenvalue above `level`; lower estimates save the hopeless tests."""
     size = matrices.shape[-1]
-    level = level / (1 + _rounding(size))
-    below = lower < level
-    if size > _SMALL and below.any():  # for small matrices the estimates are exact
-        shifted = -matrices if bool(below.all()) else -matrices[below]
+    if size <= _SMALL:  # the estimates are exact
+        return (_squared_norms(matrices) if lower is None else lower) < level
+    below = torch.ones(len(matrices), dtype=torch.bool, device=matrices.device) if lower is None else lower < level
+    if below.any():
+        shifted = -(matrices if bool(below.all()) else matrices[below])
         shifted.diagonal(dim1=-2, dim2=-1).add_(level)
         below[below.clone()] = torch.linalg.cholesky_ex(shifted).info == 0
     return below

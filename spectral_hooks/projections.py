@@ -23,6 +23,8 @@ Projection = Callable[[LinearOperator, float], Tensor]
 
 #: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`.
 _OVERSAMPLING = 4
+#: How far to go along a correction.
+_STRETCHES = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
 #: A norm this little above the bound is rounding, and counts as inside.
 _TOLERANCE = 1e-6
 #: What a matrix-free norm may lack.
@@ -65,20 +67,17 @@ def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
     Sources: Sedghi, Gupta, Long 2019 (clip and crop); Beck, Teboulle 2009 (FISTA).
     """
     check_max_norm(max_norm)
-    if not isinstance(rounds, int) or rounds < 1:
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"`rounds` must be a positive int; got {rounds!r}.")
     if _norm_above(op, max_norm) <= max_norm * (1 + _TOLERANCE):
         return _unchanged(op)
     kernel, scale = normalized(op.canonical())
     clipped, peak = _clip_kernel(op, kernel, max_norm / scale, rounds)
     clipped = _settle(op, op.from_canonical(clipped) * scale, max_norm)
-    weight = op.weight.detach()
-    moved = torch.linalg.vector_norm((clipped - weight).double())
-    # scaling moves by ‖W‖ (1 - c / norm); compare only where a lower bound of the norm leaves it open
-    if moved <= torch.linalg.vector_norm(weight.double()) * (1 - max_norm / max(peak * scale, max_norm)):
+    # scaling moves by at least ‖W‖ (1 - c / peak), where the norm is no smaller than the grid's peak: on the lattice
+    if not op.is_finite and _distance(clipped, op) <= _distance(0, op) * (1 - max_norm / max(peak * scale, max_norm)):
         return clipped
-    scaled = rescale(op, max_norm)
-    return clipped if moved <= torch.linalg.vector_norm((scaled - weight).double()) else scaled
+    return min(clipped, rescale(op, max_norm), key=lambda weight: _distance(weight, op))
 
 
 @torch.no_grad()
@@ -111,6 +110,11 @@ def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
 def _unchanged(op: LinearOperator) -> Tensor:
     """The operator's own tensor, so that a caller can tell by identity that nothing was done."""
     return op.weight.detach() if op.weight.requires_grad else op.weight
+
+
+def _distance(weight: Tensor | int, op: LinearOperator) -> float:
+    """Frobenius distance to the operator's weight."""
+    return float(torch.linalg.vector_norm((weight - op.weight).to(torch.promote_types(op.weight.dtype, torch.float32))))
 
 
 def check_max_norm(max_norm: float) -> None:
@@ -162,35 +166,47 @@ def _settle(op: LinearOperator, weight: Tensor, max_norm: float) -> Tensor:
 
 
 def _clip_kernel(op: LinearOperator, kernel: Tensor, max_norm: float, rounds: int) -> tuple[Tensor, float]:
-    """The kernel after `rounds` of the dual method, not yet inside, and the largest norm of the original on the grid."""
+    """The kernel after `rounds` of the dual method, nearly inside, and the largest norm of the original on the grid."""
+    if prod(kernel.shape[3:]) == 1:
+        excess, peak = _excess(kernel.reshape(kernel.shape[:3]), max_norm / op.lattice_factor)
+        return kernel - excess.reshape(kernel.shape), peak
     sizes, level = _clip_grid(op, kernel, max_norm)
     theta, counts = half_plane(sizes, kernel)
+    angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
+    cos, sin = angles.cos() * counts / prod(sizes), angles.sin() * counts / prod(sizes)
     support = op.with_weight(torch.ones_like(op.weight)).canonical() != 0
-    peak = 0.0
 
     def crop(symbols: Tensor) -> Tensor:
-        """The adjoint of the symbol, up to the number of frequencies: transform back and keep the taps."""
-        if len(theta) == 1:
-            return symbols[0].reshape(kernel.shape)
-        angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
-        weights = counts / prod(sizes)
+        """The adjoint of the symbol, over the number of frequencies: transform back and keep the taps."""
         flat = symbols.flatten(1)
-        taps = (angles.cos() * weights) @ flat.real - (angles.sin() * weights) @ flat.imag
-        return taps.T.reshape(kernel.shape) * support
+        return (cos @ flat.real - sin @ flat.imag).T.reshape(kernel.shape) * support
 
-    dual = point = torch.zeros(())
-    weight, pace = kernel, 1.0
-    for _ in range(rounds):
-        symbols = symbol(weight, theta) if len(theta) > 1 else weight.reshape(1, *kernel.shape[:3])
-        previous, (dual, largest) = dual, _excess(symbols + point, level)
-        peak = peak or largest
-        if len(theta) == 1:
-            return kernel - crop(dual), peak
-        following = (1 + (1 + 4 * pace**2) ** 0.5) / 2
-        point = dual + (pace - 1) / following * (dual - previous)
-        pace = following
-        weight = kernel - crop(point)
-    return kernel - crop(dual), peak
+    dual, peak = _excess(symbol(kernel, theta), level)
+    point, pace = dual, 1.0
+    for _ in range(rounds - 1):
+        previous = dual
+        dual, _ = _excess(symbol(kernel - crop(point), theta) + point, level)
+        pace, last = (1 + (1 + 4 * pace**2) ** 0.5) / 2, pace
+        point = dual + (last - 1) / pace * (dual - previous)
+    fine = sizes if op.frequency_grid is not None else tuple(2 * n if n > 1 else 1 for n in sizes)
+    return _extended(kernel, crop(dual), level, fine), peak
+
+
+def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
+    """`K₀ - t D` for the correction `D` so far and the `t ≥ 1` that ends nearest to `K₀` after the scaling that is still needed.
+
+    A few rounds correct too little, most of all a kernel that is only just outside; going on in the same direction costs far
+    less than scaling everything.
+    """
+    best, shortest = kernel, float("inf")
+    for t in _STRETCHES:
+        trial = kernel - t * correction
+        trial = trial * min(1.0, level / grid_norm(trial, sizes, screen=torch.float32).value)
+        distance = float(torch.linalg.vector_norm(trial - kernel))
+        if distance >= shortest:
+            break
+        best, shortest = trial, distance
+    return best
 
 
 def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
@@ -205,7 +221,8 @@ def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tup
     if not op.is_finite:
         return sizes, max_norm / op.lattice_factor
     # a finite operator may have a smaller norm than the lattice's, or with reflection a larger one
-    return sizes, max_norm * lattice_norm(kernel).value / float(spectral_norm(op.with_weight(op.from_canonical(kernel))))
+    norm = float(spectral_norm(op.with_weight(op.from_canonical(kernel))))
+    return sizes, max_norm * lattice_norm(kernel).value / norm
 
 
 def _excess(blocks: Tensor, level: float) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -61,19 +62,41 @@ def _copy(parameter: Any, weight: Tensor) -> None:
 
 def _assign(layer: Any, weight: Tensor) -> None:
     held = layer.parametrizations.weight
-    before = [p.detach().clone() for p in held.parameters()]
     kinds = ", ".join(type(p).__name__ for p in held)
     remedy = "exclude the layer, or remove its parametrization."
+    one_way = f"the parametrization {kinds} has no right_inverse, so its weight cannot be set; {remedy}"
+    if not all(hasattr(p, "right_inverse") for p in held):
+        raise ValueError(one_way)
+    restore_ = remember(layer)
     try:
         layer.weight = weight
         error = float((layer.weight - weight).abs().max())
+        # written so that NaN counts as failure
+        if not error <= _ROUND_TRIP * float(weight.abs().max()):
+            raise ValueError(f"the parametrization {kinds} did not take the projected weight (off by {error:.2g}); {remedy}")
     except NotImplementedError:
-        raise ValueError(f"the parametrization {kinds} has no right_inverse, so its weight cannot be set; {remedy}") from None
-    # written so that NaN counts as failure
-    if not error <= _ROUND_TRIP * float(weight.abs().max()):
-        for parameter, old in zip(held.parameters(), before, strict=True):
-            parameter.copy_(old)
-        raise ValueError(f"the parametrization {kinds} did not take the projected weight (off by {error:.2g}); {remedy}")
+        restore_()
+        raise ValueError(one_way) from None
+    except BaseException:
+        restore_()
+        raise
+
+
+def remember(layer: Any) -> Callable[[], None]:
+    """What puts a parametrized weight back bit for bit; `right_inverse` may change buffers too (torch's orthogonal does)."""
+    held = layer.parametrizations.weight
+
+    def tensors() -> dict[str, Tensor]:
+        return {**dict(held.named_parameters()), **dict(held.named_buffers())}
+
+    before = {name: value.detach().clone() for name, value in tensors().items()}
+
+    @torch.no_grad()
+    def restore_() -> None:
+        for name, value in tensors().items():
+            value.copy_(before[name])
+
+    return restore_
 
 
 def pruning_mask(layer: nn.Module) -> Tensor | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import projections
 from ..operators.base import LinearOperator
 from ..selection import Patterns, Selection, Target, select
 from ..spectrum import check_finite, spectral_norm
-from ..weights import full, pruning_mask, write_
+from ..weights import full, pruning_mask, remember, write_
 from .attach import Handle, attach
 
 
@@ -68,7 +70,7 @@ class SpectralClip:
     ) -> None:
         projections.check_max_norm(max_norm)
         for name, value in (("every", every), ("rounds", rounds)):
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
         self.max_norm = max_norm
         self.layers = layers
@@ -84,8 +86,8 @@ class SpectralClip:
         self._handle: Handle | None = None
 
     def __repr__(self) -> str:
-        shown = {"layers": self.layers, "exclude": self.exclude, "every": self.every, "rounds": self.rounds}
-        return f"SpectralClip({self.max_norm!r}, {', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+        layers, exclude = _shown(self.layers), _shown(self.exclude)
+        return f"SpectralClip({self.max_norm!r}, layers={layers}, exclude={exclude}, every={self.every}, rounds={self.rounds})"
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles carry the settings, not the model that the original works on
@@ -147,10 +149,18 @@ class SpectralClip:
             self.largest_norm = max(float(spectral_norm(op, rtol=1e-2)) for op in operators)
         results = [(target, self._projected(target)) for target in self._selection.targets]
         changed = [(target, weight) for target, weight in results if weight is not None]
+        # only parametrized weights can refuse: they go first, and all go back if one does
+        changed.sort(key=lambda pair: not is_parametrized(pair[0].layers[0], "weight"))
+        undo: list[Callable[[], None]] = []
         for target, weight in changed:
+            layer = target.layers[0]
             try:
-                write_(target.layers[0], weight)
+                if is_parametrized(layer, "weight"):
+                    undo.append(remember(layer))
+                write_(layer, weight)
             except ValueError as error:
+                for restore_ in undo:
+                    restore_()
                 raise ValueError(f"{target.name}: {error}") from error
         self.clipped = len(changed)
 
@@ -175,3 +185,12 @@ class SpectralClip:
 
     def _rescale(self, op: LinearOperator) -> Tensor:
         return projections.rescale(op, self.max_norm)
+
+
+def _shown(patterns: Any) -> str:
+    """Like `repr` but the same in every process, for checkpoints know a hook by it; that of a function shows an address."""
+    if isinstance(patterns, (list, tuple)):
+        return f"[{', '.join(map(_shown, patterns))}]"
+    if callable(patterns) and hasattr(patterns, "__qualname__"):
+        return f"{patterns.__module__}.{patterns.__qualname__}"
+    return repr(patterns)

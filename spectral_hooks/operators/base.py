@@ -27,6 +27,8 @@ class LinearOperator(ABC):
     """
 
     weight: Tensor
+    #: Whether the canonical kernel is that of the adjoint.
+    transposed: bool = False
 
     @property
     @abstractmethod
@@ -68,6 +70,11 @@ class LinearOperator(ABC):
     @abstractmethod
     def lattice_factor(self) -> float:
         """`f` such that `‖A‖ ≤ f · sup_θ ‖F(θ)‖₂`, with `F` the symbol of the canonical kernel."""
+
+    @property
+    def padding_factor(self) -> float:
+        """`lattice_factor`, and where that needs an input size and there is none, its supremum over all that torch allows."""
+        return self.lattice_factor
 
     def with_weight(self: Self, weight: Tensor) -> Self:
         """The same geometry with another weight of the same shape.

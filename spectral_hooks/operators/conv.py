@@ -46,7 +46,7 @@ class ConvOperator(LinearOperator):
                 [1., 1., 1., 0.],
                 [0., 1., 1., 1.],
                 [0., 0., 1., 1.]])
-        >>> sh.singular_values(op.circular(4))
+        >>> sh.singular_values(op.circular(4)).round(decimals=4)
         tensor([3., 1., 1., 1.])
     """
 
@@ -287,6 +287,16 @@ class ConvOperator(LinearOperator):
         axes = zip(self.input_size, self.padding, strict=True)
         return sqrt(prod(paddings.largest_multiplicity(self.padding_mode, n, *p) for n, p in axes))
 
+    @property
+    def padding_factor(self) -> float:
+        if self.is_finite or self.padding_mode in ("zeros", "circular"):
+            return self.lattice_factor
+        worst = 1
+        for reach, (before, after) in zip(self._reach, self.padding, strict=True):
+            fits = max(before, after) + 1 if self.padding_mode == "reflect" else 1
+            worst *= paddings.worst_multiplicity(self.padding_mode, max(fits, reach + 1 - before - after), before, after)
+        return sqrt(worst)
+
     def _seam_rows(self, axis: int) -> int:
         """How often, at most, circular padding makes the same row of the periodic stride-1 operator."""
         s, reach, (before, after) = self.stride[axis], self._reach[axis], self.padding[axis]
@@ -305,7 +315,10 @@ class ConvOperator(LinearOperator):
 
 
 def _per_axis(name: str, value: int | Sequence[int], dims: int, *, least: int) -> tuple[int, ...]:
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        values: tuple[int, ...] = (value,) * dims
+    else:
+        values = tuple(value) if isinstance(value, Sequence) else ()
     if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
         raise ValueError(f"`{name}` must be an int or {dims} ints, each at least {least}; got {value!r}.")
     return values

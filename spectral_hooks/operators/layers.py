@@ -118,7 +118,7 @@ def _weight(layer: nn.Module, forward_of: type[nn.Module]) -> Tensor:
                 f"{name} has its weight rewritten before every forward by torch.nn.utils.{kind}. "
                 f"Use torch.nn.utils.parametrizations.{kind}, or remove it."
             )
-        if isinstance(hook, prune.BasePruningMethod):
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
             # the attribute `weight` is that of the last forward
             return hook.apply_mask(layer)
     weight: Any = layer.weight

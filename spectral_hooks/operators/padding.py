@@ -54,3 +54,13 @@ def largest_multiplicity(mode: str, size: int, before: int, after: int) -> int:
     if mode == "zeros":
         return 1
     return int(torch.bincount(source(mode, size, before, after)).max())
+
+
+def worst_multiplicity(mode: str, least: int, before: int, after: int) -> int:
+    """The largest of `largest_multiplicity` over every input size from `least` on.
+
+    Reflect: 3 where a position is met from both sides, at sizes up to `before + after + 1`, and 2 beyond. Replicate: the
+    border is read `1 + before` or `1 + after` times, `1 + before + after` times where it is the only position.
+    """
+    # from `before + after + 2` on the two sides do not meet, and the size makes no difference
+    return max(largest_multiplicity(mode, n, before, after) for n in range(least, max(least, before + after + 2) + 1))

@@ -7,6 +7,7 @@ the frequencies tell all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from math import pi, prod
 
@@ -93,9 +94,15 @@ class Gram:
         self.size = kernel.shape[1]
         self.groups = kernel.shape[0]
 
+    def single(self) -> Gram:
+        """The same polynomial with coefficients in float32, at half the cost."""
+        other = copy.copy(self)
+        other.lags, other.even, other.odd = self.lags.float(), self.even.float(), self.odd.float()
+        return other
+
     def __call__(self, group: Tensor, theta: Tensor) -> Tensor:
         """`G(θ)` of `group[i]` at `theta[i]`, `(n, size, size)`, complex Hermitian."""
-        angles = theta @ self.lags.T
+        angles = theta.to(self.lags) @ self.lags.T
         cos, sin = angles.cos(), -angles.sin()
         if self.groups == 1:
             real, imag = cos @ self.even[0], sin @ self.odd[0]

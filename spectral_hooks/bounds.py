@@ -1,0 +1,485 @@
+"""Upper bounds of an operator's norm: operator → 0-d tensor, differentiable, never below `‖A‖₂`.
+
+Each is a formula on the canonical kernel, so stride, dilation, groups, transposition and dimension are dealt with once. It
+bounds the lattice operator; zero padding and every input size are compressions of that, and padding that repeats inputs or
+outputs is paid for by the factor `padding(op)`, which the bounds apply themselves.
+
+They hold as computed: all is done in float64 on a kernel scaled to entries of order one, the result is raised by a bound of
+the rounding, and the cast to the weight's dtype rounds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product as combinations
+from math import ceil, cos, inf, isfinite, log2, pi, prod, sqrt
+
+import torch
+from torch import Tensor
+
+from .krylov import matrix_norm, with_gradient
+from .lattice import grid_norm, normalized
+from .operators.base import LinearOperator
+from .operators.symbols import half_plane, symbol
+
+#: A bound: operator → 0-d tensor.
+Bound = Callable[[LinearOperator], Tensor]
+
+#: Bytes of symbols held at once.
+_CHUNK_BYTES = 1 << 27
+#: Matrices up to this size are decomposed in batches.
+_SMALL = 64
+_EPS = torch.finfo(torch.float64).eps
+
+
+def cosine_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
+    """The largest norm on a frequency grid times the cosine factor: the tightest bound at its price.
+
+        ‖A‖ ≤ max_{θ in grid} ‖F(θ)‖₂ · Π_i 1 / cos(π (k_i - 1) / (2 N_i)),   N_i = ⌈oversampling · (k_i - 1)⌉ points per axis.
+
+    Why: with `M = ‖F(θ*)‖ = sup ‖F‖` and `v` the top right singular vector there, `q(θ) = ‖F(θ) v‖²` is along each axis a
+    trigonometric polynomial of degree `k - 1` between 0 and `M² = q(θ*)`. M. Riesz's lemma gives
+    `q(θ* + t) ≥ M² cos²((k - 1) t / 2)`, and some grid point has `|t| ≤ π / N`. Axis after axis.
+
+    A circular operator's axis whose own frequency grid is no finer is sampled there, without a factor; matrices and kernels of
+    one tap are exact.
+
+    Args:
+        op: any operator.
+        oversampling: grid points over the degree `k - 1`, more than 1. The factor in two dimensions: 1.172 for 4, 1.040 for 8,
+            1.010 for 16.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. Upper bound, at most the factor above the lattice norm. Its
+        gradient is that of the norm at the winning frequency. Sharp in one dimension.
+
+    Cost: `O(N^d)` evaluations of the symbol's Gram matrix and their Cholesky tests, `c³` each, whatever the input size.
+
+    Raises:
+        ValueError: `oversampling` is no number above 1, or NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> op = sh.as_operator(torch.nn.Conv2d(4, 8, 3))
+        >>> norm, bound = sh.spectral_norm(op, rtol=1e-6), sh.bounds.cosine_grid(op)
+        >>> bool(norm / 1.000001 <= bound <= 1.04 * norm)
+        True
+
+    Source: this library; with the factor `1 / (1 - (k - 1) / N)` Pfister and Bresler (2019).
+    """
+    _check_oversampling(oversampling)
+
+    def formula(kernel: Tensor) -> Tensor:
+        sizes, factor = _sampling(op, kernel, oversampling)
+        found = grid_norm(kernel, sizes)
+        norm = kernel.new_tensor(found.upper)
+        if kernel.requires_grad:
+            block = symbol(kernel[found.group : found.group + 1], found.theta[None].to(kernel))[0, 0]
+            norm = with_gradient(norm, matrix_norm(block if sizes else block.real))
+        return norm * factor
+
+    return _certified(op, formula)
+
+
+def gram_iteration(op: LinearOperator, *, steps: int = 6, oversampling: float = 8) -> Tensor:
+    """Squares of the symbol's Gram matrices, and a Frobenius norm.
+
+        ‖F(θ)‖₂ ≤ ‖G^(2^t)‖_F^(1 / 2^(t+1)),   G = F(θ)* F(θ),   G ← G G / ‖G‖_F² at every step,
+
+    the maximum over the frequency grid of a circular operator as it stands. Everywhere else a maximum over a grid bounds the
+    sampled frequencies only: it is multiplied by the factor of `cosine_grid`.
+
+    Args:
+        op: any operator.
+        steps: squarings `t ≥ 0`. What they leave is at most a factor `rank^(1 / 2^(t+2))`: 1.016 for rank 64 and 6 steps.
+        oversampling: as in `cosine_grid`; not for circular operators.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. Upper bound, differentiable everywhere but at ties between
+        frequencies, without singular vectors.
+
+    Cost: `O((t + 1) N^d c³)`; for a circular operator `N` is its input size.
+
+    Raises:
+        ValueError: an argument out of range, or NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> op = sh.DenseOperator(torch.diag(torch.tensor([3.0, 3.0, 1.0])))
+        >>> [round(sh.bounds.gram_iteration(op, steps=t).item(), 3) for t in (0, 2, 6)]
+        [3.573, 3.133, 3.008]
+
+    Source: Delattre, Barthélemy, Araujo and Allauzen (2023), who have it for circular convolutions.
+    """
+    _check_oversampling(oversampling)
+    _check_steps(steps, least=0)
+
+    def formula(kernel: Tensor) -> Tensor:
+        sizes, factor = _sampling(op, kernel, oversampling, own_grid=True)
+        return _largest(kernel, sizes, lambda part, theta: _iterated(symbol(part, theta), steps)) * factor
+
+    return _certified(op, formula)
+
+
+def kernel_gram(op: LinearOperator, *, steps: int = 4) -> Tensor:
+    """Squares of the kernel's self-convolution, and a sum of absolute values: no frequencies are sampled.
+
+        ‖A‖ ≤ max_i (Σ_{j, l} |R_t[i, j, l]|)^(1 / 2^t),   R_1 = K ⋆ K,   R_{t+1} = R_t ∗ R_t,
+
+    with `R_t`, of `2^t (k - 1) + 1` taps per axis, the kernel of `(A Aᵀ)^(2^(t-1))` on the lattice. Zero padding in the
+    convolutions makes it hold for every input size. Computed by Fourier transforms of that length, in which the products are
+    exact.
+
+    Args:
+        op: any operator.
+        steps: `t ≥ 1`; each doubles the support and takes the root of what is left.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. Upper bound, differentiable where the largest row is unique.
+
+    Cost: `O(t (2^t k)^d c³)` time, `O((2^t k)^d c²)` memory, with `c` the smaller number of channels.
+
+    Raises:
+        ValueError: `steps` is no positive int, or NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> op = sh.ConvOperator(torch.tensor([[[1.0, 2.0, -1.0]]]))  # norm √8
+        >>> [round(sh.bounds.kernel_gram(op, steps=t).item(), 3) for t in (1, 3, 5)]
+        [2.828, 2.828, 2.828]
+
+    Source: Delattre, Barthélemy and Allauzen (2024).
+    """
+    _check_steps(steps, least=1)
+
+    def formula(kernel: Tensor) -> Tensor:
+        if kernel.ndim == 3:
+            kernel = kernel.unsqueeze(-1)
+        if kernel.shape[1] > kernel.shape[2]:
+            kernel = kernel.transpose(1, 2)
+        axes = tuple(range(3, kernel.ndim))
+        sizes = [2**steps * (k - 1) + 1 for k in kernel.shape[3:]]
+        symbols = torch.fft.rfftn(kernel, s=sizes, dim=axes).movedim((1, 2), (-2, -1))
+        grams = symbols @ symbols.mH  # (groups, *frequencies, n, n)
+        spread = (-1, *[1] * (grams.ndim - 1))
+        logs = grams.new_zeros(len(grams), dtype=torch.float64)
+        for _ in range(steps - 1):
+            # a number, not a function of the kernel: what is divided out comes back below
+            scale = torch.linalg.matrix_norm(grams.detach()).flatten(1).amax(1).clamp(min=1e-150)
+            grams = grams / scale.reshape(spread)
+            grams = grams @ grams
+            logs = 2 * (logs + scale.log())
+        kernels = torch.fft.irfftn(grams.movedim((-2, -1), (1, 2)), s=sizes, dim=axes)
+        sums = kernels.abs().flatten(2).sum(-1)
+        # rounding errors add up over a row; powers beyond the range of a double are those of a group that does not matter
+        n, positions = kernel.shape[1], prod(sizes)
+        room = 1 + 8 * _EPS * sqrt(n * positions) * (n + log2(positions) + 1)
+        norms = ((sums.amax(1) * room).clamp(min=1e-300).log() + logs) / 2**steps
+        return norms.amax().exp()
+
+    return _certified(op, formula)
+
+
+def unfolding(op: LinearOperator) -> Tensor:
+    """The smallest norm of the kernel's unfoldings times the root of the number of taps.
+
+        ‖A‖ ≤ √(k_1 ⋯ k_d) · min ‖unfolding‖₂
+
+    over the `2^d` matrices that take each tap axis to the rows or to the columns: in two dimensions `out × (in k_h k_w)`,
+    `(out k_h) × (in k_w)`, `(out k_w) × (in k_h)`, `(out k_h k_w) × in`. Why: `u* F(θ) v` is the kernel contracted with `u`, `v`
+    and one vector of norm `√k_i` per axis. The kernel is the canonical one; the maximum over groups.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. Upper bound (the norms of the unfoldings are exact, not power
+        iterations, which are too small), differentiable where the top singular value of the smallest is simple.
+
+    Cost: the largest singular value of `2^d` matrices, whatever the input size.
+
+    Raises:
+        ValueError: NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.bounds.unfolding(sh.ConvOperator(torch.ones(1, 1, 3, 3)))
+        tensor(9.0000)
+
+    Source: Singla and Feizi (2021); two of the four in Yi (2020).
+    """
+
+    def formula(kernel: Tensor) -> Tensor:
+        taps = range(3, kernel.ndim)
+        unfoldings = []
+        for sides in combinations((0, 1), repeat=len(taps)):
+            rows, columns = ([axis for axis, side in zip(taps, sides, strict=True) if side == s] for s in (0, 1))
+            matrix = kernel.permute(0, 1, *rows, 2, *columns)
+            unfoldings.append(matrix.flatten(1 + len(rows) + 1).flatten(1, 1 + len(rows)))
+        least, which = torch.stack([_norms(matrix.detach()) for matrix in unfoldings]).min(0)
+        group = int(least.argmax())
+        norm = least[group]
+        if kernel.requires_grad:
+            norm = with_gradient(norm, matrix_norm(unfoldings[int(which[group])][group]))
+        return norm * sqrt(prod(kernel.shape[3:]))
+
+    return _certified(op, formula)
+
+
+def tap_sum(op: LinearOperator) -> Tensor:
+    """The sum of the norms of the kernel's taps, the triangle inequality.
+
+        ‖A‖ ≤ Σ_t ‖K[:, :, t]‖₂,   the maximum over groups,
+
+    over the taps of the canonical kernel: those of one output position of a strided layer that read the same block of inputs
+    count as one.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. Upper bound, exact for one tap and for a single non-negative
+        channel; differentiable where the top singular values are simple.
+
+    Cost: the largest singular value of `k^d` matrices, whatever the input size.
+
+    Raises:
+        ValueError: NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.bounds.tap_sum(sh.ConvOperator(torch.tensor([[[1.0, 2.0, -1.0]]])))
+        tensor(4.0000)
+
+    Source: Yi (2020).
+    """
+
+    def formula(kernel: Tensor) -> Tensor:
+        taps = kernel.reshape(*kernel.shape[:3], -1).movedim(-1, 1)  # (groups, taps, rows, columns)
+        sums = _norms(taps.detach().flatten(0, 1)).unflatten(0, taps.shape[:2]).sum(1)
+        group = int(sums.argmax())
+        if not kernel.requires_grad:
+            return sums[group]
+        return with_gradient(sums[group], torch.stack([matrix_norm(tap) for tap in taps[group]]).sum())
+
+    return _certified(op, formula)
+
+
+def frobenius_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
+    """The largest Frobenius norm of the symbol on a frequency grid times the cosine factor: loose, and almost free.
+
+        ‖A‖ ≤ max_{θ in grid} ‖F(θ)‖_F · Π_i 1 / cos(π (k_i - 1) / (2 N_i)),   N_i = ⌈oversampling · (k_i - 1)⌉ points per axis.
+
+    Why the same factor as in `cosine_grid`: `‖F(θ)‖_F²` is itself a trigonometric polynomial of degree `k_i - 1` along each
+    axis, between 0 and its maximum, which is all that M. Riesz's lemma asks for.
+
+    Args:
+        op: any operator.
+        oversampling: as in `cosine_grid`.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. Upper bound, at most `√rank` times the factor above the norm,
+        differentiable everywhere but at ties between frequencies.
+
+    Cost: `O(c² k^2d + N^d k^2d)`: no matrix of channels is decomposed or even formed.
+
+    Raises:
+        ValueError: `oversampling` is no number above 1, or NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> bool(sh.bounds.frobenius_grid(sh.DenseOperator(torch.eye(9))) >= 3)
+        True
+
+    Source: Araujo, Negrevergne, Chevaleyre and Atif (2021).
+    """
+    _check_oversampling(oversampling)
+
+    def formula(kernel: Tensor) -> Tensor:
+        sizes, factor = _sampling(op, kernel, oversampling)
+        return _largest(kernel, sizes, _frobenius) * factor
+
+    return _certified(op, formula)
+
+
+def absolute_sum(op: LinearOperator, *, ord: float = 2) -> Tensor:
+    """Sums of absolute values: the operator norms between `ℓ1` and between `ℓ∞`, and their geometric mean.
+
+        ‖A‖_1 = max_inputs Σ_outputs |K|,   ‖A‖_∞ = max_outputs Σ_inputs |K|,   ‖A‖_2 ≤ √(‖A‖_1 ‖A‖_∞)
+
+    Args:
+        op: any operator.
+        ord: the norm that is bounded: 2, 1 or `math.inf`. Only with 2 is the result a bound of the spectral norm.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. For `ord=1` and `inf` exact up to rounding for matrices and on
+        the lattice, an upper bound for finite convolutions; for 2 an upper bound. Differentiable but at zeros and ties.
+
+    Cost: one pass over the weight.
+
+    Raises:
+        ValueError: `ord` is none of these, or NaN or infinity in the weight.
+
+    Example:
+        >>> import math, torch, spectral_hooks as sh
+        >>> op = sh.DenseOperator(torch.tensor([[1.0, -2.0], [0.0, 3.0]]))
+        >>> [round(sh.bounds.absolute_sum(op, ord=ord).item(), 4) for ord in (1, math.inf, 2)]
+        [5.0, 3.0, 3.873]
+
+    Source: Gouk, Frank, Pfahringer and Cree (2018); the mean is Schur's test.
+    """
+    if ord not in (1, 2, inf):
+        raise ValueError(f"`ord` must be 1, 2 or infinity; got {ord!r}.")
+    # padding repeats entries of the input (in the circular case rows), which adds to the column sums only
+    column_factor = op.padding_factor**2
+
+    def formula(kernel: Tensor) -> Tensor:
+        size = kernel.abs()
+        rows = size.flatten(2).sum(2).amax(1)
+        columns = size.transpose(1, 2).flatten(2).sum(2).amax(1)
+        if ord == 2:
+            return (rows * columns).amax().sqrt()
+        # of the adjoint the other one
+        return rows.amax() if (ord == inf) != op.transposed else columns.amax() * column_factor
+
+    return _certified(op, formula, factor=None if ord == 2 else 1.0)
+
+
+def padding(op: LinearOperator) -> Tensor:
+    """What padding that repeats inputs adds: `‖A‖ ≤ padding · sup_θ ‖F(θ)‖₂`.
+
+    - zero padding of any amount, and matrices: 1;
+    - reflect and replicate: the norm of the padding map, the root of the product over the axes of how often the most-read
+      position is read. With an input size exactly that. Without, the supremum over the sizes that torch allows: per axis 3 for
+      reflect on both sides (where one position is met from both; 2 from size `before + after + 2` on), and
+      `1 + before + after` for replicate (a single position; `1 + max(before, after)` from size 2 on);
+    - circular: 1, unless it is wider than the kernel needs or the stride does not divide the size; then how often output rows
+      repeat, likewise.
+
+    Returns:
+        0-d tensor in the dtype of the weight, at least float32. All bounds of this module contain the factor already.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> conv = torch.nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
+        >>> sh.bounds.padding(sh.as_operator(conv, input_size=8)) ** 2, sh.bounds.padding(sh.as_operator(conv)) ** 2
+        (tensor(2.0000), tensor(3.0000))
+    """
+    dtype = torch.promote_types(op.weight.dtype, torch.float32)
+    return _rounded_up(torch.tensor(op.padding_factor, dtype=torch.float64), 1.0, dtype).to(op.weight.device)
+
+
+# -- what they share --------------------------------------------------------------------------------------------------------
+
+
+def _certified(op: LinearOperator, formula: Callable[[Tensor], Tensor], factor: float | None = None) -> Tensor:
+    """A bound that holds as computed, from its formula on the canonical kernel in float64 with entries of order one."""
+    weight = op.weight
+    _, scale = normalized(weight.detach())
+    kernel = op.canonical()
+    kernel = kernel.to("cpu" if kernel.device.type == "mps" else kernel.device, torch.float64) / scale
+    if bool((kernel.detach() != 0).any()):
+        value = formula(kernel) * ((op.padding_factor if factor is None else factor) * _room(kernel))
+    else:
+        value = (kernel * 0).sum()
+    return _rounded_up(value, scale, torch.promote_types(weight.dtype, torch.float32)).to(weight.device)
+
+
+def _room(kernel: Tensor) -> float:
+    """What rounding in float64 can take from a bound.
+
+    A sum over `T` taps is off by `(T + 4) eps` relative to the sum of absolute values. So the symbol is off by
+    `(T + 4) eps √T ‖K‖_F` in Frobenius norm, and `‖K‖_F ≤ √n sup ‖F‖` for `n` the smaller side. Sums over channels in
+    products of `n × m` matrices are off by `m n eps` relative to the square of the norm.
+    """
+    rows, columns, *sizes = kernel.shape[1:]
+    taps, side = prod(sizes), min(rows, columns)
+    return 1 + 8 * _EPS * ((taps + 4) * sqrt(taps * side) + rows * columns)
+
+
+def _rounded_up(value: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`value · scale`, a power of two, in a dtype, not below."""
+    cast = (value * scale).to(dtype)
+    if float(cast.detach()) / scale < float(value.detach()):
+        above = torch.nextafter(cast.detach(), cast.new_tensor(inf))
+        cast = with_gradient(above, cast)
+    return cast
+
+
+def _sampling(op: LinearOperator, kernel: Tensor, oversampling: float, own_grid: bool = False) -> tuple[tuple[int, ...], float]:
+    """Points per axis, and the factor that makes their maximum a bound.
+
+    Axes of a circular operator are sampled at its own frequencies if these are fewer, or if `own_grid`, without a factor.
+    """
+    grid = op.frequency_grid
+    sizes, factor = [], 1.0
+    for axis in range(kernel.ndim - 3):
+        others = [a for a in range(kernel.ndim) if a != 3 + axis]
+        used = (kernel.detach() != 0).sum(dim=others).nonzero()
+        degree = int(used[-1] - used[0])
+        size = max(ceil(oversampling * degree), 1)
+        if grid is not None and (own_grid or grid[axis][0] <= size):
+            size = grid[axis][0]
+        else:
+            factor /= cos(pi * degree / (2 * size))
+        sizes.append(size)
+    return tuple(sizes), factor
+
+
+def _largest(kernel: Tensor, sizes: tuple[int, ...], values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The maximum over groups and a frequency grid of `values(kernel, theta)`, `(n, groups)`; differentiated at the winner."""
+    theta, _ = half_plane(sizes, kernel)
+    chunk = max(_CHUNK_BYTES // (64 * max(prod(kernel.shape[:3]), kernel[0, 0, 0].numel())), 1)
+    with torch.no_grad():
+        found = torch.cat([values(kernel, part) for part in theta.split(chunk)])
+    top = int(found.argmax())
+    where, group = divmod(top, found.shape[1])
+    if not kernel.requires_grad:
+        return found[where, group]
+    return with_gradient(found[where, group], values(kernel[group : group + 1], theta[where : where + 1])[0, 0])
+
+
+def _iterated(symbols: Tensor, steps: int) -> Tensor:
+    """`‖G^(2^t)‖_F^(1 / 2^(t+1))` with `G = F F*`, for every matrix."""
+    if symbols.shape[-2] > symbols.shape[-1]:
+        symbols = symbols.mT
+    gram = symbols @ symbols.mH
+    zero = (gram.detach() == 0).all(-1).all(-1)
+    logs = torch.zeros_like(zero, dtype=torch.float64)
+    for _ in range(steps):
+        scale = torch.linalg.matrix_norm(gram.detach()).clamp(min=1e-150)
+        gram = gram / scale[..., None, None]
+        gram = gram @ gram
+        logs = 2 * (logs + scale.log())
+    norms = torch.linalg.matrix_norm(gram).clamp(min=1e-300)
+    return torch.where(zero, 0, ((norms.log() + logs) / 2 ** (steps + 1)).exp())
+
+
+def _frobenius(kernel: Tensor, theta: Tensor) -> Tensor:
+    """`‖F(θ)‖_F` of every group: `‖F‖_F² = e* (KᵀK) e` for the waves `e_t = exp(i t·θ)`, with `KᵀK` of size taps × taps."""
+    taps = kernel.reshape(len(kernel), prod(kernel.shape[1:3]), -1)
+    gram = taps.mT @ taps
+    delta = kernel.new_zeros(gram.shape[-1], 1, 1, *kernel.shape[3:])
+    delta.view(gram.shape[-1], -1).fill_diagonal_(1)
+    waves = symbol(delta, theta).flatten(1)  # (n, taps)
+    squares = sum(((part @ gram) * part).sum(-1) for part in (waves.real, waves.imag))
+    assert isinstance(squares, Tensor)
+    return squares.clamp(min=1e-300).sqrt().T
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    """The norms of a batch of matrices, not below."""
+    if min(matrices.shape[1:]) > _SMALL:
+        return matrices.new_tensor([grid_norm(matrix[None], ()).upper for matrix in matrices])
+    if matrices.shape[1] > matrices.shape[2]:
+        matrices = matrices.mT
+    return torch.linalg.eigvalsh(matrices @ matrices.mT)[:, -1].clamp(min=0).sqrt()
+
+
+def _check_oversampling(oversampling: float) -> None:
+    if (
+        isinstance(oversampling, bool)
+        or not isinstance(oversampling, int | float)
+        or not oversampling > 1
+        or not isfinite(oversampling)
+    ):
+        raise ValueError(f"`oversampling` must be a number above 1: grid points over the kernel's degree; got {oversampling!r}.")
+
+
+def _check_steps(steps: int, least: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
+        raise ValueError(f"`steps` must be an int, at least {least}; got {steps!r}.")

@@ -1,0 +1,45 @@
+"""The examples in the docstrings run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import spectral_hooks
+
+CORE = sorted(
+    info.name
+    for info in pkgutil.walk_packages(spectral_hooks.__path__, "spectral_hooks.")
+    if not info.name.startswith("spectral_hooks.integrations")
+)
+
+#: Modules whose public functions must come with an example.
+WITH_EXAMPLES = {
+    "spectral_hooks.operators.conv",
+    "spectral_hooks.operators.dense",
+    "spectral_hooks.operators.layers",
+    "spectral_hooks.spectrum",
+    "spectral_hooks.projections",
+    "spectral_hooks.hooks.clip",
+}
+
+
+@pytest.mark.parametrize("name", ["spectral_hooks", *CORE])
+def test_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), raise_on_error=False)
+    assert result.failed == 0
+    assert result.attempted > 0 or name not in WITH_EXAMPLES
+
+
+def test_examples_of_lightning() -> None:
+    pytest.importorskip("lightning")
+    result = doctest.testmod(importlib.import_module("spectral_hooks.integrations.lightning"))
+    assert result.failed == 0
+    assert result.attempted > 0
+
+
+def test_the_modules_are_found() -> None:
+    assert set(CORE) >= WITH_EXAMPLES

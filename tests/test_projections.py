@@ -1,0 +1,329 @@
+"""Projections: the promise `norm ≤ max_norm`, and how near the original the result stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import FEW_CONVS, MATRICES, PROJECTIONS, Case, apply_to_identity, resized
+from torch import Tensor
+
+import spectral_hooks as sh
+from spectral_hooks import projections
+
+projection = pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
+
+
+def dense_norm(op: sh.LinearOperator, weight: Tensor) -> float:
+    """The norm of the stored values, from the dense matrix, in float64."""
+    return float(torch.linalg.matrix_norm(op.with_weight(weight.detach().double()).to_dense(), ord=2))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def loud(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight of the case's shape, far outside the unit ball."""
+    weight = case.layer().weight.detach()
+    return (weight * (4 / weight.norm())).to(dtype)
+
+
+# -- the promise ------------------------------------------------------------------------------------------------------------
+
+
+@projection
+@pytest.mark.parametrize("case", [c for c in FEW_CONVS if c.mode in ("zeros", "circular")], ids=str)
+def test_lattice_projection_holds_at_every_size(case: Case, project) -> None:
+    weight = loud(case)
+    op = case.operator(weight, finite=False)
+    inside = project(op, 0.7)
+    assert inside.shape == weight.shape
+    layer = case.layer()
+    layer.weight.data = inside.double()
+    for more in (0, 1, 3) if len(case.size) < 3 else (0, 1):
+        size = tuple(n + more for n in case.size)
+        norm = float(torch.linalg.matrix_norm(apply_to_identity(layer, resized(case, size).in_shape), ord=2))
+        assert norm <= 0.7 * (1 + 1e-5), size
+    assert torch.equal(project(op.with_weight(inside), 0.7), inside)
+
+
+@projection
+@pytest.mark.parametrize("case", FEW_CONVS, ids=str)
+def test_finite_projection_holds_at_its_size(case: Case, project) -> None:
+    """Zero padding, the layer's own circular, reflect and replicate padding."""
+    op = case.operator(loud(case))
+    inside = project(op, 0.7)
+    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-5)
+    assert torch.equal(project(op.with_weight(inside), 0.7), inside)
+
+
+@projection
+@pytest.mark.parametrize("case", FEW_CONVS, ids=str)
+def test_circular_projection_holds_at_its_size(case: Case, project) -> None:
+    op = case.operator(loud(case), finite=False).circular(case.size)
+    inside = project(op, 0.7)
+    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-5)
+    assert torch.equal(project(op.with_weight(inside), 0.7), inside)
+
+
+@projection
+@pytest.mark.parametrize("shape", MATRICES)
+def test_matrix_projection(shape: tuple[int, int], project) -> None:
+    torch.manual_seed(0)
+    op = sh.DenseOperator(torch.randn(shape) * 3)
+    inside = project(op, 0.7)
+    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-5)
+    assert torch.equal(project(op.with_weight(inside), 0.7), inside)
+
+
+def finite_and_lattice(case: Case, weight: Tensor) -> list[sh.ConvOperator]:
+    lattice = case.operator(weight, finite=False)
+    return [case.operator(weight), lattice.circular(case.size), *([lattice] if case.mode in ("zeros", "circular") else [])]
+
+
+@projection
+@pytest.mark.parametrize("case", FEW_CONVS[::3], ids=str)
+def test_inside_comes_back_bit_for_bit(case: Case, project) -> None:
+    weight = loud(case)
+    for op in finite_and_lattice(case, weight):
+        bound = 1.01 * float(sh.spectral_norm(op))
+        assert torch.equal(project(op, bound), weight)
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 10])
+@pytest.mark.parametrize("case", FEW_CONVS, ids=str)
+def test_clip_is_never_farther_than_rescale(case: Case, rounds: int) -> None:
+    weight = loud(case, torch.float64)
+    for op in finite_and_lattice(case, weight):
+        clipped, scaled = projections.clip(op, 0.7, rounds=rounds), projections.rescale(op, 0.7)
+        assert distance(clipped, weight) <= distance(scaled, weight) * (1 + 1e-9)
+
+
+@projection
+def test_scales_with_the_bound(project) -> None:
+    """`P(t W, t c) = t P(W, c)` for a power of two."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    plain = project(sh.ConvOperator(weight), 1.0)
+    for power in (-60, 60):
+        scaled = project(sh.ConvOperator(weight * 2.0**power), 2.0**power)
+        torch.testing.assert_close(scaled * 2.0**-power, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_more_rounds_come_nearer() -> None:
+    torch.manual_seed(0)
+    op = sh.ConvOperator(torch.randn(6, 6, 3, 3, dtype=torch.float64))
+    one, five, many = (distance(projections.clip(op, 2.0, rounds=r), op.weight) for r in (1, 5, 40))
+    assert one > five > many
+
+
+# -- matrices: exactly min(σ, c) --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [*MATRICES, (40, 40), (64, 9)])
+def test_matrix_clip_is_the_nearest(shape: tuple[int, int], transposed: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    bound = float(s.median()) * 0.9
+    clipped = projections.clip(sh.DenseOperator(weight, transposed=transposed), bound)
+    torch.testing.assert_close(torch.linalg.svdvals(clipped), s.clamp(max=bound), rtol=0, atol=2e-6 * float(s[0]))
+    torch.testing.assert_close(clipped, u @ torch.diag(s.clamp(max=bound)) @ vh, rtol=0, atol=2e-6 * float(s[0]))
+
+
+def test_matrix_clip_of_a_prescribed_spectrum() -> None:
+    """Large condition numbers, values equal to the bound and repeated ones, small ones untouched."""
+    torch.manual_seed(0)
+    values = torch.tensor([1e4, 30.0, 2.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1e-4, 0.0], dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(n, 10, dtype=torch.float64)).Q for n in (14, 12))
+    weight = u @ torch.diag(values) @ v.T
+    clipped = projections.clip(sh.DenseOperator(weight), 1.0)
+    torch.testing.assert_close(torch.linalg.svdvals(clipped)[:10], values.clamp(max=1.0), rtol=0, atol=5e-6)
+    torch.testing.assert_close(clipped, u @ torch.diag(values.clamp(max=1.0)) @ v.T, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 1), (2, 2), (3, 1)])
+def test_a_convolution_that_is_a_matrix_is_clipped_exactly(kernel_size: tuple[int, int]) -> None:
+    """One tap after the polyphase form: a 1×1 kernel, and every kernel whose stride is its size (a patch embedding)."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4, *kernel_size, dtype=torch.float64)
+    clipped = projections.clip(sh.ConvOperator(weight, stride=kernel_size), 0.8)
+    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    torch.testing.assert_close(clipped.flatten(1), u @ torch.diag(s.clamp(max=0.8)) @ vh, rtol=0, atol=5e-6)
+
+
+# -- convolutions: near the true projection ---------------------------------------------------------------------------------
+
+
+def long_solve(weight: Tensor, bound: float, steps: int = 400, points: int = 24) -> Tensor:
+    """The nearest kernel with `‖F(θ)‖ ≤ bound` on a fine grid, by Dykstra's alternating projections, then scaled inside."""
+    taps = weight.shape[2:]
+    full = torch.zeros(*weight.shape[:2], points, points, dtype=torch.float64)
+    full[..., : taps[0], : taps[1]] = weight
+    correction = torch.zeros_like(full)
+    for _ in range(steps):
+        symbols = torch.fft.rfft2(full + correction).permute(2, 3, 0, 1)
+        u, s, vh = torch.linalg.svd(symbols, full_matrices=False)
+        clipped = (u * s.clamp(max=bound).unsqueeze(-2)) @ vh
+        ball = torch.fft.irfft2(clipped.permute(2, 3, 0, 1), s=(points, points))
+        correction = full + correction - ball
+        full = torch.zeros_like(ball)
+        full[..., : taps[0], : taps[1]] = ball[..., : taps[0], : taps[1]]
+    found = full[..., : taps[0], : taps[1]]
+    norm = float(sh.spectral_norm(sh.ConvOperator(found), rtol=1e-5))
+    return found * min(1.0, bound / norm)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("channels", [(1, 1), (4, 4), (6, 3)])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+def test_five_rounds_are_near_the_true_projection(kind: str, channels: tuple[int, int], share: float) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(*channels, 3, 3, dtype=torch.float64)
+    if kind == "smooth":
+        bump = torch.tensor([0.5, 1.0, 0.5], dtype=torch.float64)
+        weight = weight.abs() * bump[:, None] * bump + 0.1 * weight
+    op = sh.ConvOperator(weight)
+    bound = share * float(sh.spectral_norm(op))
+    reference = distance(long_solve(weight, bound), weight)
+    clipped = projections.clip(op, bound, rounds=5)
+    assert float(sh.spectral_norm(op.with_weight(clipped), rtol=1e-5)) <= bound * (1 + 2e-5)
+    assert distance(clipped, weight) <= 1.10 * reference
+
+
+# -- dtypes and awkward weights ---------------------------------------------------------------------------------------------
+
+
+@projection
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_stored_weight_obeys(dtype: torch.dtype, project) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(16, 16, 3, 3).to(dtype)
+    ops = [
+        sh.DenseOperator(torch.randn(24, 16).to(dtype)),
+        sh.ConvOperator(wide[:8, :8].contiguous(), padding=1),
+        sh.ConvOperator(wide[:, :1].contiguous(), padding=1, groups=16),
+        sh.ConvOperator(wide[:4, :4].contiguous(), padding=1).circular(5),
+        sh.ConvOperator(wide[:4, :4].contiguous(), padding=1, input_size=5),
+    ]
+    for op in ops:
+        before = op.weight.clone()
+        inside = project(op, 1.0)
+        assert inside.dtype == dtype
+        assert inside.device == op.weight.device
+        assert inside.shape == op.weight.shape
+        assert torch.equal(op.weight, before)
+        finite = op if op.is_finite else sh.ConvOperator(op.weight, padding=1, groups=op.groups, input_size=9)
+        assert dense_norm(finite, inside) <= 1 + 1e-6
+        # not scaled away: low precision costs a little, not more
+        assert float(sh.spectral_norm(op.with_weight(inside.double()))) >= 0.95
+        assert torch.equal(project(op.with_weight(inside), 1.0), inside)
+
+
+@projection
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(3, 3, 3, 3),
+        torch.ones(4, 3, 3, 3),
+        torch.ones(1, 1, 3, 3),
+        torch.ones(1, 5, 2, 4),
+        torch.eye(4)[:, :, None, None].repeat(1, 1, 3, 3),
+        torch.eye(4)[:, :, None, None] * 5,
+        torch.full((2, 2, 3, 3), 1e-30),
+        torch.full((2, 2, 3, 3), 1e30),
+        torch.nn.functional.pad(torch.eye(3)[:, :, None, None] * 2, (0, 2, 2, 0)),
+    ],
+    ids=["zero", "rank-one", "one-channel", "even", "repeated", "one-tap", "tiny", "huge", "single-corner-tap"],
+)
+def test_awkward_kernels(weight: Tensor, project) -> None:
+    op = sh.ConvOperator(weight, padding=1)
+    inside = project(op, 1.0)
+    norm = dense_norm(sh.ConvOperator(weight, padding=1, input_size=7), inside)
+    assert norm <= 1 + 1e-5
+    assert float(sh.spectral_norm(op.with_weight(inside))) >= min(0.99, 0.99 * float(sh.spectral_norm(op)))
+    assert torch.equal(project(op.with_weight(inside), 1.0), inside)
+
+
+def test_identity_of_all_shifts_is_scaled() -> None:
+    """A flat spectrum of equal singular values has one nearest point: the scaled kernel."""
+    weight = torch.zeros(3, 3, 3, 3, dtype=torch.float64)
+    weight[range(3), range(3), [0, 1, 2], [2, 0, 1]] = 4.0
+    torch.testing.assert_close(projections.clip(sh.ConvOperator(weight), 1.0), weight / 4, rtol=0, atol=2e-3)
+
+
+def test_the_support_stays() -> None:
+    """Shape of the kernel and the phases it lacks: a strided kernel comes back with its taps, nothing else."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 3, 3, 2)
+    for settings in ({"stride": 2}, {"stride": 3, "dilation": 2}, {"stride": (1, 4), "transposed": True}):
+        op = sh.ConvOperator(weight, **settings)
+        clipped = projections.clip(op, 0.5)
+        assert clipped.shape == weight.shape
+        assert torch.equal(op.with_weight(clipped).from_canonical(op.with_weight(clipped).canonical()), clipped)
+
+
+@projection
+def test_no_gradient_and_no_alias_written(project) -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4) * 9)
+    before = weight.detach().clone()
+    inside = project(sh.DenseOperator(weight), 1.0)
+    assert not inside.requires_grad
+    assert inside.data_ptr() != weight.data_ptr()
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+
+
+@projection
+def test_deterministic(project) -> None:
+    torch.manual_seed(0)
+    op = sh.ConvOperator(torch.randn(4, 4, 3, 3), padding=1, input_size=24)
+    first = project(op, 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(project(op, 0.5), first)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+@projection
+@pytest.mark.parametrize("bad", [0, 0.0, -1.0, float("nan"), float("inf"), True, "1", None])
+def test_bad_max_norm(bad, project) -> None:
+    with pytest.raises(ValueError, match="`max_norm` must be a positive, finite number; got"):
+        project(sh.DenseOperator(torch.eye(2)), bad)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "3", None, True])
+def test_bad_rounds(bad) -> None:
+    with pytest.raises(ValueError, match="`rounds` must be a positive int; got"):
+        projections.clip(sh.DenseOperator(torch.eye(2)), 1.0, rounds=bad)
+
+
+@projection
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_weights(bad: float, project) -> None:
+    weight = torch.randn(2, 2, 3, 3)
+    weight[0, 1, 2, 2] = bad
+    for op in (
+        sh.DenseOperator(weight.flatten(1)),
+        sh.ConvOperator(weight),
+        sh.ConvOperator(weight).circular(5),
+        sh.ConvOperator(weight, input_size=5),
+    ):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            project(op, 1.0)
+
+
+@projection
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_reflect_padding_needs_an_input_size(mode: str, project) -> None:
+    with pytest.raises(ValueError, match=rf"{mode} padding.*`input_size`"):
+        project(sh.ConvOperator(torch.ones(2, 2, 3, 3), padding=1, padding_mode=mode), 1.0)
+
+
+@projection
+def test_meta_weights_are_refused(project) -> None:
+    for op in (sh.DenseOperator(torch.empty(3, 3, device="meta")), sh.ConvOperator(torch.empty(3, 3, 3, device="meta"))):
+        with pytest.raises(ValueError, match="meta device"):
+            project(op, 1.0)

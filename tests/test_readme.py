@@ -1,0 +1,47 @@
+"""Every Python block of the README runs, each by itself, in order and from an empty folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+#: What a block needs besides the core, by a word in it.
+_NEEDS = {"integrations.lightning": "lightning"}
+
+
+def _blocks() -> list[tuple[int, str]]:
+    """Line number and source of each block."""
+    text = README.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def test_has_blocks() -> None:
+    assert len(_blocks()) >= 5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what a trainer says about loaders and devices
+@pytest.mark.parametrize(("line", "source"), [pytest.param(*block, id=f"line{block[0]}") for block in _blocks()])
+def test_block_runs(
+    line: int, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word, module in _NEEDS.items():
+        if word in source:
+            pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    # line numbers in a traceback are the README's
+    exec(compile("\n" * (line - 1) + source, str(README), "exec"), {"__name__": "readme"})
+    # a number promised in the comment behind a print is the number printed
+    promised = re.findall(r"^print\(.*\)  # (\d+\.\d+)$", source, flags=re.MULTILINE)
+    assert not promised or capsys.readouterr().out.split() == promised
+    assert not list(tmp_path.iterdir())
+
+
+def test_result_has_the_shape_that_the_demo_prints() -> None:
+    text = README.read_text(encoding="utf-8")
+    result = text.split("<!-- demo -->")[1].split("```")[1]
+    assert "largest operator norm" in result
+    assert re.search(r"^SpectralClip\(1\.0\)\s+\d", result, flags=re.MULTILINE)

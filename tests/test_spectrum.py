@@ -1,0 +1,490 @@
+"""Singular values and norms: certified on the lattice, exact where dense or circular, matrix-free for the rest."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+from cases import FEW_CONVS, MATRICES, Case
+from torch import Tensor
+
+import spectral_hooks as sh
+from spectral_hooks.krylov import largest
+
+# -- the lattice norm -----------------------------------------------------------------------------------------------------
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """A Gaussian kernel in float64."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth(*shape: int) -> Tensor:
+    """Low-pass in every channel: a trained kernel's kind, the symbol is largest near zero."""
+    kernel = random(*shape).abs()
+    for axis in range(2, len(shape)):
+        bump = torch.hann_window(shape[axis] + 2, periodic=False, dtype=torch.float64)[1:-1]
+        kernel = kernel * bump.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return kernel
+
+
+def sparse(*shape: int) -> Tensor:
+    """One entry in ten."""
+    kernel = random(*shape)
+    return kernel * (random(*shape, seed=1) > 1.28)
+
+
+def rank_one(*shape: int) -> Tensor:
+    """An outer product of channels and taps."""
+    out = torch.ones((), dtype=torch.float64)
+    for axis, size in enumerate(shape):
+        out = out.unsqueeze(-1) * random(size, seed=axis)
+    return out
+
+
+def single_tap(*shape: int) -> Tensor:
+    """All zero but one tap off the centre."""
+    kernel = torch.zeros(shape, dtype=torch.float64)
+    last = (slice(None), slice(None), *(size - 1 for size in shape[2:]))
+    kernel[last] = random(*shape[:2])
+    return kernel
+
+
+def flat(*shape: int) -> Tensor:
+    """Every singular value one at every frequency: an orthogonal matrix of shifts, no frequency can be dropped."""
+    out, inner = shape[:2]
+    q = torch.linalg.qr(random(out, inner)).Q
+    kernel = torch.zeros(shape, dtype=torch.float64)
+    for i, tap in zip(range(inner), product(*(range(k) for k in shape[2:])), strict=False):
+        kernel[(slice(None), i, *tap)] = q[:, i]
+    return kernel
+
+
+def nearly_flat(*shape: int) -> Tensor:
+    """The same, disturbed by a thousandth."""
+    return flat(*shape) + 1e-3 * random(*shape, seed=2)
+
+
+def off_grid(*shape: int) -> Tensor:
+    """Largest at a frequency that is no simple fraction of a turn."""
+    kernel = random(*shape)
+    for axis in range(2, len(shape)):
+        wave = torch.cos((0.7319 + 0.41 * axis) * torch.arange(shape[axis], dtype=torch.float64) + 0.3)
+        kernel = (
+            kernel.mean((0, 1), keepdim=True).expand(shape) * 0
+            + kernel * 0.1
+            + wave.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        )
+    return kernel
+
+
+#: name: kernel, settings of the operator
+KERNELS: dict[str, tuple[Tensor, dict]] = {
+    "random": (random(4, 3, 3, 3), {}),
+    "random-5": (random(3, 3, 5, 5), {}),
+    "random-wide": (random(30, 30, 3, 3), {}),
+    "even": (random(3, 4, 2, 4), {}),
+    "rectangular": (random(3, 4, 1, 5), {}),
+    "smooth": (smooth(4, 4, 3, 3), {}),
+    "smooth-5": (smooth(3, 4, 5, 5), {}),
+    "off-grid": (off_grid(3, 3, 5, 5), {}),
+    "sparse": (sparse(6, 6, 3, 3), {}),
+    "rank-one": (rank_one(4, 5, 3, 3), {}),
+    "zero": (torch.zeros(3, 3, 3, 3, dtype=torch.float64), {}),
+    "single-tap": (single_tap(4, 3, 3, 3), {}),
+    "one-by-one": (random(4, 3, 1, 1), {}),
+    "flat": (flat(4, 4, 3, 3), {}),
+    "flat-wide": (flat(28, 28, 3, 3), {}),
+    "nearly-flat": (nearly_flat(4, 4, 3, 3), {}),
+    "grouped": (random(6, 2, 3, 3), {"groups": 3}),
+    "depthwise": (random(5, 1, 3, 3), {"groups": 5}),
+    "one-large-group": (random(4, 1, 3, 3) * torch.tensor([1.0, 1e-3, 50.0, 0.0]).double().reshape(4, 1, 1, 1), {"groups": 4}),
+    "stride-2": (random(4, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "stride-2-smooth": (smooth(3, 3, 4, 4), {"stride": 2}),
+    "stride-3": (random(3, 2, 5, 5), {"stride": 3}),
+    "stride-mixed": (random(3, 2, 3, 4), {"stride": (1, 2)}),
+    "dilated": (random(3, 3, 3, 3), {"dilation": 2}),
+    "dilated-strided": (random(3, 2, 3, 3), {"dilation": 2, "stride": 3}),
+    "dilated-by-the-stride": (random(3, 2, 3, 3), {"dilation": 2, "stride": 2}),
+    "transposed": (random(3, 4, 3, 3), {"transposed": True, "stride": 2, "output_padding": 1}),
+    "transposed-grouped": (random(4, 2, 3, 3), {"transposed": True, "stride": 2, "groups": 2}),
+    "tiny": (random(3, 3, 3, 3) * 1e-30, {}),
+    "huge": (random(3, 3, 3, 3) * 1e30, {}),
+    "badly-scaled": (random(4, 4, 3, 3) * torch.tensor([1e30, 1.0, 1e-30, 0.0]).double().reshape(4, 1, 1, 1), {}),
+    "1d": (random(3, 4, 5), {}),
+    "1d-long": (random(2, 2, 31), {}),
+    "1d-strided": (random(3, 2, 5), {"stride": 2}),
+    "1d-depthwise": (random(4, 1, 7), {"groups": 4}),
+    "1d-off-grid": (off_grid(2, 2, 9), {}),
+    "3d": (random(2, 3, 3, 3, 3), {}),
+    "3d-smooth": (smooth(2, 2, 3, 3, 3), {}),
+    "3d-strided": (random(2, 2, 3, 2, 3), {"stride": 2}),
+    "3d-transposed": (random(2, 2, 2, 3, 2), {"stride": (1, 2, 1), "transposed": True}),
+}
+
+#: Points per axis of the sampling, of the strided output's frequencies.
+SAMPLES = {1: 8192, 2: 512, 3: 64}
+
+
+def samples(name: str) -> int:
+    """Points per axis for this kernel; fewer for the wide ones."""
+    return 64 if name.endswith("-wide") else SAMPLES[KERNELS[name][0].ndim - 2]
+
+
+def symbol_grams(name: str, theta: Tensor | None = None) -> Tensor:
+    """`F F*` on the sampling grid, or at output frequencies `theta`, by aliasing: no polyphase form.
+
+    The rows of a convolution of stride `s` see the frequencies `(ω + 2π j) / s` as one: `Σ_j F F* / s` over the aliases.
+    """
+    kernel, settings = KERNELS[name]
+    op = sh.ConvOperator(kernel, **settings)
+    dims = kernel.ndim - 2
+    largest_entry = kernel.abs().max().clamp(min=1e-300)
+    blocks = (kernel / largest_entry).unflatten(0, (op.groups, -1))
+    if theta is None:
+        steps = torch.arange(samples(name), dtype=torch.float64) * (2 * torch.pi / samples(name))
+        axes = [steps] * dims
+    else:
+        axes = None
+    total: Tensor | float = 0.0
+    for alias in product(*(range(s) for s in op.stride)):
+        if axes is not None:
+            # the transform of separable waves, one axis after the other
+            values = blocks.to(torch.complex128)
+            for axis in range(dims):
+                angle = (axes[axis] + 2 * torch.pi * alias[axis]) / op.stride[axis]
+                taps = torch.arange(kernel.shape[2 + axis], dtype=torch.float64) * op.dilation[axis]
+                waves = torch.polar(torch.ones(1, dtype=torch.float64), -angle[:, None] * taps)
+                if axis == 0:
+                    # half of the frequencies of one axis: the others are conjugates
+                    waves = waves[: len(angle) // 2 + 1]
+                values = torch.tensordot(values, waves, dims=([3], [1]))
+            values = values.movedim((0, 1, 2), (-3, -2, -1)).flatten(0, dims - 1)
+        else:
+            assert theta is not None
+            angle = (theta + 2 * torch.pi * theta.new_tensor(alias)) / theta.new_tensor(op.stride)
+            taps = torch.cartesian_prod(
+                *(torch.arange(k, dtype=torch.float64) * d for k, d in zip(kernel.shape[2:], op.dilation, strict=True))
+            ).reshape(-1, dims)
+            waves = torch.polar(torch.ones(1, dtype=torch.float64), -angle @ taps.T)
+            values = torch.einsum("nt,gijt->ngij", waves, blocks.flatten(3).to(torch.complex128))
+        # the aliases add up on the side of the strided output: rows of a convolution, and of a transposed one alike,
+        # because its kernel is stored as that of the convolution whose adjoint it is
+        total = total + values @ values.mH / prod(op.stride)
+    assert isinstance(total, Tensor)
+    return total
+
+
+@cache
+def sampled(name: str) -> tuple[float, float]:
+    """The largest norm on the sampling grid, and the same after looking closer around the best samples."""
+    kernel, _ = KERNELS[name]
+    scale = float(kernel.abs().max().clamp(min=1e-300))
+    grams = symbol_grams(name)
+    dims, groups = kernel.ndim - 2, grams.shape[1]
+    rough = torch.linalg.matrix_norm(grams).flatten()
+    flat_grams = grams.flatten(0, 1)
+    # ‖G‖_F ≥ λ: points below the best of the few with the largest ‖G‖_F need no eigenvalue
+    best = torch.linalg.eigvalsh(flat_grams[rough.topk(min(64, len(rough))).indices])[:, -1].max()
+    asked = (rough >= best * (1 - 1e-12)).nonzero().squeeze(1)
+    values = torch.linalg.eigvalsh(flat_grams[asked])[:, -1]
+    on_grid = float(values.max())
+
+    top = asked[values.topk(min(12, len(values))).indices]
+    points = samples(name)
+    sizes = [points // 2 + 1, *[points] * (dims - 1)]
+    index = torch.stack(torch.unravel_index(top // groups, sizes), 1)
+    centre = index * (2 * torch.pi / points)
+    width, closer = 2 * torch.pi / points, on_grid
+    offsets = torch.cartesian_prod(*[torch.linspace(-1, 1, 5, dtype=torch.float64)] * dims).reshape(-1, dims)
+    for _ in range(14):
+        around = (centre[:, None] + offsets * width).flatten(0, 1)
+        found = torch.linalg.eigvalsh(symbol_grams(name, around))[..., -1].amax(1).unflatten(0, (-1, len(offsets)))
+        value, place = found.max(1)
+        centre = centre + offsets[place] * width
+        closer, width = max(closer, float(value.max())), width / 2
+    return scale * max(on_grid, 0) ** 0.5, scale * max(closer, 0) ** 0.5
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("name", KERNELS)
+def test_lattice_norm_is_never_below_and_within_rtol_above(name: str, rtol: float) -> None:
+    """`S ≤ value ≤ S (1 + rtol)`; `S` is seen from below, by a fine sampling and then by looking closer."""
+    kernel, settings = KERNELS[name]
+    value = float(sh.spectral_norm(sh.ConvOperator(kernel, **settings), rtol=rtol))
+    on_grid, closer = sampled(name)
+    # 1e-13: the rounding of the sampling itself
+    assert value >= closer * (1 - 1e-13) >= on_grid * (1 - 1e-12)
+    assert value <= closer * (1 + rtol) * (1 + 1e-13)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_lattice_norm_in_float32(name: str) -> None:
+    """The result is cast so that it bounds the float64 norm of the stored float32 weight."""
+    kernel, settings = KERNELS[name]
+    stored = kernel.float()
+    value = sh.spectral_norm(sh.ConvOperator(stored, **settings), rtol=1e-4)
+    exact = sh.spectral_norm(sh.ConvOperator(stored.double(), **settings), rtol=1e-4)
+    assert value.dtype == torch.float32
+    assert float(exact) <= float(value) <= float(exact) * (1 + 1e-6)
+
+
+def test_closed_forms() -> None:
+    """A difference has norm 2, a box its number of taps, a delayed copy 1, whatever dimension."""
+    for dims in (1, 2, 3):
+        box = torch.ones(1, 1, *[3] * dims, dtype=torch.float64)
+        copy = torch.eye(4, dtype=torch.float64).reshape(4, 4, *[1] * dims)
+        difference = torch.tensor([1.0, -1.0]).double().reshape(1, 1, 2, *[1] * (dims - 1))
+        for kernel, stride, exact in ((box, 1, 3**dims), (box, 3, 3 ** (dims / 2)), (copy, 1, 1), (difference, 1, 2)):
+            value = float(sh.spectral_norm(sh.ConvOperator(kernel, stride=stride), rtol=1e-5))
+            assert exact * (1 - 1e-14) <= value <= exact * (1 + 1.001e-5)
+    assert float(sh.spectral_norm(sh.ConvOperator(torch.zeros(2, 2, 3)))) == 0
+    assert float(sh.spectral_norm(sh.DenseOperator(torch.zeros(2, 3)))) == 0
+
+
+@pytest.mark.parametrize("power", [-100, -20, 20, 100])
+def test_homogeneous(power: int) -> None:
+    """`‖2^p A‖ = 2^p ‖A‖`, bit for bit."""
+    kernel = random(3, 3, 3, 3)
+    plain, scaled = (sh.spectral_norm(sh.ConvOperator(kernel * factor)) for factor in (1.0, 2.0**power))
+    assert float(scaled) == float(plain) * 2.0**power
+
+
+def test_subnormal_weights() -> None:
+    """Weights at the very end of float32 still have a norm, not zero and not an error."""
+    weight = torch.full((2, 2, 3, 3), 1e-40)
+    expected = float(sh.spectral_norm(sh.ConvOperator(weight.double())))
+    assert float(sh.spectral_norm(sh.ConvOperator(weight))) == pytest.approx(expected, rel=1e-4)
+
+
+# -- finite operators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FEW_CONVS, ids=str)
+def test_finite_norm(case: Case) -> None:
+    """To 1e-5 in both precisions, never above by more than rounding."""
+    op = case.operator(case.layer().weight.detach())
+    expected = float(torch.linalg.matrix_norm(op.to_dense(), ord=2))
+    for dtype, above in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        value = float(sh.spectral_norm(op.with_weight(op.weight.to(dtype))))
+        assert expected * (1 - 1e-5) <= value <= expected * (1 + above)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [random, smooth, flat, rank_one, single_tap], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("k", [1, 5])
+def test_matrix_free_singular_values(kind, k: int, dtype: torch.dtype) -> None:
+    """The `k` largest without the dense matrix, repeated ones as often as they occur."""
+    op = sh.ConvOperator(kind(8, 8, 3, 3).to(dtype), padding=1, input_size=(9, 8))
+    found = largest(op, k)
+    expected = torch.linalg.svdvals(op.with_weight(op.weight.double()).to_dense())[:k]
+    torch.testing.assert_close(found.values.double(), expected, rtol=0, atol=1e-5 * float(expected[0]))
+    # they are triples: A v = σ u, with orthonormal u and v
+    image = torch.stack([op.matvec(v) for v in found.right])
+    scale = float(expected[0])
+    torch.testing.assert_close(image, found.values.reshape(-1, 1, 1, 1) * found.left, rtol=0, atol=1e-4 * scale)
+    gram = found.right.flatten(1) @ found.right.flatten(1).T
+    torch.testing.assert_close(gram, torch.eye(k, dtype=dtype), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding_mode": "reflect"}, {"padding_mode": "circular"}], ids=str)
+def test_wide_layer_converges_in_float32(settings: dict) -> None:
+    """Rounding in wide layers keeps the residuals from shrinking below some 1e-6: no error, and the right values."""
+    op = sh.ConvOperator(random(64, 64, 3, 3).float(), padding=1, input_size=6, **settings)
+    expected = torch.linalg.svdvals(op.to_dense())
+    torch.testing.assert_close(largest(op, 5).values, expected[:5], rtol=1e-5, atol=0)
+    assert float(sh.spectral_norm(op)) == pytest.approx(float(expected[0]), rel=1e-5)
+
+
+REPEATED = {
+    "depthwise": sh.ConvOperator(random(1, 1, 3, 3).expand(6, 1, 3, 3).contiguous(), groups=6, padding=1, input_size=12),
+    "one-by-one": sh.ConvOperator(random(5, 5, 1, 1), input_size=14),
+    "one-by-one-circular": sh.ConvOperator(random(5, 5, 1, 1), padding_mode="circular", input_size=14),
+    "identity": sh.ConvOperator(torch.eye(6, dtype=torch.float64)[:, :, None, None], input_size=10),
+    "large": sh.ConvOperator(random(4, 4, 3, 3), padding=1, input_size=12),
+    "zero": sh.ConvOperator(torch.zeros(4, 4, 3, 3, dtype=torch.float64), padding=1, input_size=12),
+}
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, None])
+@pytest.mark.parametrize("name", REPEATED)
+def test_singular_values_with_repetitions(name: str, k: int | None) -> None:
+    op = REPEATED[name]
+    expected = torch.linalg.svdvals(op.to_dense())[:k]
+    values = sh.singular_values(op, k)
+    assert values.shape == expected.shape
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6 * max(float(expected[0]), 1e-12))
+    assert bool((values.diff() <= 0).all())
+
+
+@pytest.mark.parametrize("case", FEW_CONVS, ids=str)
+def test_singular_values_of_every_geometry(case: Case) -> None:
+    op = case.operator(case.layer().weight.detach())
+    expected = torch.linalg.svdvals(op.to_dense())
+    torch.testing.assert_close(sh.singular_values(op), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(sh.singular_values(op, 1), expected[:1], rtol=0, atol=1e-6)
+
+
+def test_singular_values_of_a_layer_too_large_for_a_matrix() -> None:
+    """Patches that do not overlap: those of the flattened kernel, once for every patch."""
+    op = sh.ConvOperator(random(3, 3, 2, 2), stride=2, input_size=160)
+    with pytest.raises(ValueError, match="`k` largest"):
+        sh.singular_values(op)
+    top = torch.linalg.svdvals(op.weight.flatten(1))[0]
+    torch.testing.assert_close(sh.singular_values(op, 2), top.expand(2), rtol=1e-6, atol=0)
+
+
+def test_dtypes() -> None:
+    for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+        for op in (
+            sh.DenseOperator(random(3, 4).to(dtype)),
+            sh.ConvOperator(random(3, 4, 3).to(dtype), input_size=5),
+            sh.ConvOperator(random(3, 4, 3).to(dtype)).circular(5),
+        ):
+            assert sh.singular_values(op).dtype == expected
+            assert sh.spectral_norm(op).dtype == expected
+            assert sh.spectral_norm(op).shape == ()
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------------
+
+DIFFERENTIABLE = {
+    "dense": lambda w: sh.DenseOperator(w.flatten(1)),
+    "lattice": lambda w: sh.ConvOperator(w),
+    "lattice-strided": lambda w: sh.ConvOperator(w, stride=2),
+    "lattice-dilated": lambda w: sh.ConvOperator(w, dilation=2, stride=2),
+    "lattice-grouped": lambda w: sh.ConvOperator(w, groups=3),
+    "lattice-transposed": lambda w: sh.ConvOperator(w, transposed=True, stride=2),
+    "circular": lambda w: sh.ConvOperator(w).circular((5, 4)),
+    "circular-strided": lambda w: sh.ConvOperator(w, stride=2).circular((6, 4)),
+    "zeros": lambda w: sh.ConvOperator(w, padding=1, input_size=(4, 3)),
+    "reflect": lambda w: sh.ConvOperator(w, padding=1, padding_mode="reflect", input_size=(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("make", [random, smooth], ids=lambda f: f.__name__)
+def test_gradcheck(name: str, make) -> None:
+    """The gradient of the norm, where the largest singular value is simple."""
+    weight = make(3, 2, 3, 3).requires_grad_()
+
+    # a lattice value is a bound that moves within its tolerance, so the tolerance must be below the step's effect
+    def norm(w: Tensor) -> Tensor:
+        return sh.spectral_norm(DIFFERENTIABLE[name](w), rtol=1e-6)
+
+    if name.startswith("lattice"):
+        value = norm(weight)
+        (gradient,) = torch.autograd.grad(value, weight)
+        direction = random(3, 2, 3, 3, seed=5)
+        with torch.no_grad():
+            h = 1e-3
+            difference = (norm(weight + h * direction) - norm(weight - h * direction)) / (2 * h)
+        assert float((gradient * direction).sum()) == pytest.approx(float(difference), abs=2e-2, rel=2e-2)
+        # ‖A‖ is homogeneous of degree one
+        assert float((gradient * weight.detach()).sum()) == pytest.approx(float(value.detach()), rel=1e-6)
+    else:
+        assert torch.autograd.gradcheck(norm, weight, eps=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "circular", "zeros", "reflect"])
+def test_gradcheck_of_singular_values(name: str) -> None:
+    weight = random(3, 2, 3, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: sh.singular_values(DIFFERENTIABLE[name](w)).square().sum(), weight)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_gradient_does_not_change_the_value(name: str) -> None:
+    weight = random(3, 2, 3, 3)
+    plain = sh.spectral_norm(DIFFERENTIABLE[name](weight))
+    assert not plain.requires_grad
+    assert torch.equal(plain, sh.spectral_norm(DIFFERENTIABLE[name](weight.clone().requires_grad_())).detach())
+
+
+def test_gradient_in_bfloat16_reaches_the_weight() -> None:
+    weight = torch.nn.Parameter(random(3, 2, 3, 3).bfloat16())
+    sh.spectral_norm(sh.ConvOperator(weight)).backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert float((weight.grad * weight.detach()).sum()) == pytest.approx(
+        float(sh.spectral_norm(sh.ConvOperator(weight.detach()))), rel=2e-2
+    )
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_norms_of_non_finite_weights_are_refused(name: str, bad: float) -> None:
+    weight = random(3, 2, 3, 3)
+    weight[1, 1, 1, 1] = bad
+    with pytest.raises(ValueError, match="`weight` contains NaN or infinity"):
+        sh.spectral_norm(DIFFERENTIABLE[name](weight))
+
+
+@pytest.mark.parametrize("name", ["dense", "circular", "zeros", "reflect"])
+@pytest.mark.parametrize("k", [None, 1])
+def test_singular_values_of_non_finite_weights_are_refused(name: str, k: int | None) -> None:
+    weight = random(3, 2, 3, 3)
+    weight[1, 1, 1, 1] = float("nan")
+    with pytest.raises(ValueError, match="`weight` contains NaN or infinity"):
+        sh.singular_values(DIFFERENTIABLE[name](weight), k)
+
+
+@pytest.mark.parametrize("rtol", [0, -1e-3, 1e-7, 1, 2.0, float("nan")])
+def test_bad_rtol(rtol: float) -> None:
+    with pytest.raises(ValueError, match=r"`rtol`.*got"):
+        sh.spectral_norm(sh.DenseOperator(torch.eye(2)), rtol=rtol)
+
+
+@pytest.mark.parametrize("k", [0, -1, 4, 1.5, "all"])
+def test_bad_k(k) -> None:
+    with pytest.raises(ValueError, match="`k` must be an int from 1 to 3"):
+        sh.singular_values(sh.DenseOperator(torch.ones(3, 5)), k)
+
+
+def test_singular_values_of_the_lattice_are_a_continuum() -> None:
+    with pytest.raises(ValueError, match="input_size"):
+        sh.singular_values(sh.ConvOperator(torch.ones(1, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        sh.DenseOperator(torch.empty(3, 3, device="meta")),
+        sh.ConvOperator(torch.empty(3, 3, 3, device="meta")),
+        sh.ConvOperator(torch.empty(3, 3, 3, device="meta")).circular(5),
+        sh.ConvOperator(torch.empty(3, 3, 3, device="meta"), input_size=5),
+    ],
+    ids=["dense", "lattice", "circular", "zeros"],
+)
+def test_meta_device(op: sh.LinearOperator) -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        sh.spectral_norm(op)
+    if op.is_finite:
+        with pytest.raises(ValueError, match="meta device"):
+            sh.singular_values(op)
+
+
+# -- determinism ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_deterministic_and_leaves_the_random_state_alone(name: str) -> None:
+    weight = random(3, 2, 3, 3)
+    state = torch.get_rng_state()
+    first = sh.spectral_norm(DIFFERENTIABLE[name](weight))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(17)
+    assert torch.equal(first, sh.spectral_norm(DIFFERENTIABLE[name](weight)))
+
+
+@pytest.mark.parametrize("shape", MATRICES)
+def test_matrix_norm(shape: tuple[int, int]) -> None:
+    weight = random(*shape)
+    assert float(sh.spectral_norm(sh.DenseOperator(weight))) == pytest.approx(
+        float(torch.linalg.matrix_norm(weight, ord=2)), rel=1e-12
+    )
