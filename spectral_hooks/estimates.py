@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .krylov import matrix_norm, with_gradient
 from .lattice import grid_norm, normalized
-from .operators.base import LinearOperator
+from .operators.base import LinearOperator, full_precision
 
 
 class Power(NamedTuple):
@@ -46,6 +46,7 @@ def power_iteration(
 ) -> Power: ...
 
 
+@full_precision
 def power_iteration(
     op: LinearOperator,
     *,
@@ -159,9 +160,9 @@ def tensor_norm(op: LinearOperator, *, steps: int = 100, starts: int = 8, genera
 
     Source: Grishina, Gorbunov and Rakhuba (2024).
     """
-    for name, value, least in (("steps", steps, 1), ("starts", starts, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` must be an int, at least {least}; got {value!r}.")
+    for name, number in (("steps", steps), ("starts", starts)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be an int, at least 1; got {number!r}.")
     weight = op.weight
     _, scale = normalized(weight.detach())
     kernel = op.canonical()

@@ -40,6 +40,8 @@ _LEADERS = 4
 _WIDEST = 0.8
 #: Restarts of 24 Krylov steps before an eigenvalue solver takes over.
 _MOST_RESTARTS = 8
+#: Keeps the direction of a zero vector from being NaN.
+_TINY = torch.finfo(torch.float32).tiny
 #: No cell is halved more often: the angle is then below the rounding.
 _MOST_LEVELS = 40
 
@@ -238,7 +240,7 @@ def _leader(gram: Gram, cells: Cells, best: Peak | None = None) -> Peak:
 
 def _promising(gram: Gram, degree: Tensor, theta: Tensor) -> Tensor:
     """The frequencies of a fine grid at which its largest norm can be, judged by cells of the torus that hold many of them."""
-    if gram.groups > 1 or gram.size <= _SMALL or bool((degree == 0).any()):
+    if gram.groups > 1 or gram.size <= _SMALL or not degree.numel() or bool((degree == 0).any()):
         return theta
     cells = _tiling(gram, degree, _COARSE)
     if 2 * len(cells.group) > len(theta):
@@ -324,13 +326,13 @@ def _krylov(matrices: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tenso
         images = torch.cat([images, matrices @ fresh], -1)
     ritz = torch.linalg.eigh(basis.mH @ images).eigenvectors[..., -1:]
     # a start that is an eigenvector leaves a basis that is not orthonormal: the quotient holds all the same
-    length = torch.linalg.vector_norm(basis @ ritz, dim=-2, keepdim=True)
+    length = torch.linalg.vector_norm(basis @ ritz, dim=-2, keepdim=True).clamp(min=_TINY)
     vector, image = (basis @ ritz / length).squeeze(-1), (images @ ritz / length).squeeze(-1)
     return (vector.conj() * image).sum(-1).real, vector
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=1e-300)
+    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=_TINY)
 
 
 def _squared_norms(matrices: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .lattice import grid_norm, lattice_norm, normalized
-from .operators.base import LinearOperator
+from .operators.base import LinearOperator, full_precision
 from .operators.symbols import half_plane, product, symbol
 from .spectrum import spectral_norm
 
@@ -33,6 +33,7 @@ _MATRIX_FREE_ERROR = 1e-5
 _CHUNK_BYTES = 1 << 27
 
 
+@full_precision
 @torch.no_grad()
 def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tensor:
     """Clip the singular values at `max_norm`: near the closest weight, in Frobenius distance, with `‖A‖₂ ≤ max_norm`.
@@ -81,6 +82,7 @@ def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
     return min(clipped, rescale(op, max_norm), key=lambda weight: _distance(weight, op))
 
 
+@full_precision
 @torch.no_grad()
 def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
     """Scale the weight into the ball: `W / max(1, ‖A‖₂ / c)` (Gouk et al. 2018), with the certified norm.

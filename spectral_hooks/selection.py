@@ -60,7 +60,7 @@ def select(model: nn.Module, layers: Patterns = None, exclude: Patterns = None) 
     modules = dict(_walk(model))
     wanted = _matcher("layers", layers, modules) if layers is not None else lambda name: True
     unwanted = _matcher("exclude", exclude, modules) if exclude is not None else lambda name: False
-    explicit = {p for p in _listed(layers) if isinstance(p, str)}
+    explicit = {p for p in listed(layers) if isinstance(p, str)}
 
     result = Selection()
     owners: dict[tuple[int, ...], Target] = {}
@@ -112,7 +112,8 @@ def _weight_is_made(layer: nn.Module) -> bool:
     return torch.nn.utils.parametrize.is_parametrized(layer, "weight")
 
 
-def _listed(patterns: Patterns) -> list[Pattern]:
+def listed(patterns: Patterns) -> list[Pattern]:
+    """The patterns as a list; a generator can be read only once."""
     if patterns is None:
         return []
     if isinstance(patterns, (str, type)) or callable(patterns):
@@ -123,7 +124,7 @@ def _listed(patterns: Patterns) -> list[Pattern]:
 def _matcher(argument: str, patterns: Patterns, modules: dict[str, nn.Module]) -> Callable[[str], bool]:
     """The union of the patterns as a test of names."""
     chosen: set[str] = set()
-    for pattern in _listed(patterns):
+    for pattern in listed(patterns):
         found = {name for name, module in modules.items() if _matches(argument, pattern, name, module)}
         if not found and isinstance(pattern, str):
             close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .krylov import largest, matrix_norm, with_gradient
 from .lattice import grid_norm, lattice_norm, normalized
-from .operators.base import Grid, LinearOperator
+from .operators.base import Grid, LinearOperator, full_precision
 from .operators.conv import ConvOperator
 from .operators.symbols import half_plane, symbol, trim
 
@@ -26,6 +26,7 @@ _BATCHED = 24
 _DENSITY_POINTS = {1: 512, 2: 32, 3: 16}
 
 
+@full_precision
 def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     """Singular values of a finite operator, descending, repeated ones as often as they occur.
 
@@ -76,17 +77,16 @@ def _on_grid(op: LinearOperator, grid: Grid, count: int) -> Tensor:
     theta, copies = half_plane(tuple(size for size, _ in grid), kernel)
     repeats = prod(repeat for _, repeat in grid)
     chunk = max(_CHUNK_BYTES // (2 * kernel.element_size() * prod(kernel.shape[:3])), 1)
-    values = torch.cat([torch.linalg.svdvals(_real_if_matrix(symbol(kernel, t))) for t in theta.split(chunk)])
+    if len(theta) == 1:  # the only frequency is zero, where the symbol is real
+        values = torch.linalg.svdvals(symbol(kernel, theta).real)
+    else:
+        values = torch.cat([torch.linalg.svdvals(symbol(kernel, part)) for part in theta.split(chunk)])
     values = values.repeat_interleave(copies.long() * repeats, dim=0).flatten()
     values = values.sort(descending=True).values[:count]
     return torch.cat([values, values.new_zeros(count - len(values))])
 
 
-def _real_if_matrix(blocks: Tensor) -> Tensor:
-    """A kernel with one frequency, zero, has a real symbol, and a real SVD is four times faster."""
-    return blocks.real if len(blocks) == 1 else blocks
-
-
+@full_precision
 def spectral_norm(op: LinearOperator, rtol: float = 1e-3) -> Tensor:
     """The operator norm `‖A‖₂ = σ₁`.
 
@@ -176,8 +176,8 @@ def spectral_norms(ops: Sequence[LinearOperator], rtol: float = 1e-3) -> list[Te
         >>> import torch, spectral_hooks as sh
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> norms = sh.spectral_norms([sh.as_operator(layer) for layer in model])
-        >>> all(bool(n == sh.spectral_norm(sh.as_operator(layer))) for n, layer in zip(norms[:1], model))
-        True
+        >>> [norm.shape for norm in norms], bool(norms[0] == sh.spectral_norm(sh.as_operator(model[0])))
+        ([torch.Size([]), torch.Size([]), torch.Size([])], True)
     """
     if not 1e-6 <= rtol < 1:
         raise ValueError(f"`rtol` must lie in [1e-6, 1); got {rtol!r}.")
@@ -188,7 +188,7 @@ def spectral_norms(ops: Sequence[LinearOperator], rtol: float = 1e-3) -> list[Te
         alike.setdefault((grid, kernel.shape, kernel.dtype, kernel.device) if together else (i,), []).append(i)
     norms: dict[int, Tensor] = {}
     for members in alike.values():
-        several = _norms_together if len(members) > 1 else lambda one: [_norm(one[0], rtol)]
+        several = _norms_together if len(members) > 1 else lambda one: [spectral_norm(one[0], rtol)]
         norms.update(zip(members, several([ops[i] for i in members]), strict=True))
     return [norms[i] for i in range(len(ops))]
 
@@ -205,7 +205,7 @@ def _norms_together(ops: Sequence[LinearOperator]) -> list[Tensor]:
     chunk = max(_CHUNK_BYTES // (32 * prod(kernels.shape[:3])), 1)
     squares = []
     for part in theta.split(chunk):
-        blocks = _real_if_matrix(symbol(kernels, part)) if not grid else symbol(kernels, part)
+        blocks = symbol(kernels, part) if grid else symbol(kernels, part).real
         blocks = blocks.mT if blocks.shape[-2] > blocks.shape[-1] else blocks
         squares.append(torch.linalg.eigvalsh(blocks @ blocks.mH)[..., -1])
     # per operator, frequencies × groups
@@ -225,6 +225,7 @@ def _norms_together(ops: Sequence[LinearOperator]) -> list[Tensor]:
     return norms
 
 
+@full_precision
 def asymptotic_singular_values(op: LinearOperator, input_size: int | Sequence[int] | None = None) -> Tensor:
     """All singular values of a zero-padded convolution, approximately, at a cost that does not grow with the input.
 
@@ -242,7 +243,8 @@ def asymptotic_singular_values(op: LinearOperator, input_size: int | Sequence[in
         random 3 → 3, 3×3, no padding, n = 16     4.6 %   2.5 %    (14.0 %   9.0 %)
         random 3 → 4, stride 2, n = 16           18.7 %   4.4 %    (18.5 %   4.4 %)
 
-    The error shrinks like `1 / n`. The few singular values that belong to the border, and the small ones, are the worst.
+    The mean error shrinks with the input (from 3.5 % at n = 16 to 1.1 % at n = 128 for a random one-dimensional kernel); the few
+    singular values that belong to the border need not.
 
     Args:
         op: a zero-padded convolution, transposed or not.
@@ -262,7 +264,7 @@ def asymptotic_singular_values(op: LinearOperator, input_size: int | Sequence[in
         >>> import torch, spectral_hooks as sh
         >>> op = sh.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), padding=1, input_size=6)
         >>> sh.singular_values(op)[:3], sh.asymptotic_singular_values(op)[:3]
-        (tensor([3.8019, 3.2470, 2.4450]), tensor([3.8017, 3.2467, 2.4446]))
+        (tensor([3.8019, 3.2470, 2.4450]), tensor([3.8011, 3.2497, 2.4399]))
 
     Source: Yi (2020).
     """

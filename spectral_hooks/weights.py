@@ -19,7 +19,7 @@ def _is_sharded(weight: Tensor) -> bool:
 
 
 #: How far, relative to the largest entry, a parametrized weight may come back from what was assigned.
-_ROUND_TRIP = 1e-4
+_ROUND_TRIP = 1e-5
 
 
 def full(weight: Tensor) -> Tensor:

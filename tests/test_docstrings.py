@@ -22,6 +22,8 @@ WITH_EXAMPLES = {
     "spectral_hooks.operators.dense",
     "spectral_hooks.operators.layers",
     "spectral_hooks.spectrum",
+    "spectral_hooks.bounds",
+    "spectral_hooks.estimates",
     "spectral_hooks.projections",
     "spectral_hooks.hooks.clip",
 }

@@ -488,3 +488,84 @@ def test_matrix_norm(shape: tuple[int, int]) -> None:
     assert float(sh.spectral_norm(sh.DenseOperator(weight))) == pytest.approx(
         float(torch.linalg.matrix_norm(weight, ord=2)), rel=1e-12
     )
+
+
+def test_chunks_of_one_frequency_are_complex_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the grid is cut for memory, the union is the same."""
+    torch.manual_seed(0)
+    op = sh.ConvOperator(torch.randn(3, 2, 3, 3, dtype=torch.float64), padding=1).circular((4, 5))
+    whole = sh.singular_values(op)
+    monkeypatch.setattr("spectral_hooks.spectrum._CHUNK_BYTES", 1)
+    torch.testing.assert_close(sh.singular_values(op), whole, rtol=0, atol=1e-12)
+
+
+def test_autocast_changes_nothing() -> None:
+    """A precision plugin may measure and project inside autocast."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(40, 40, 3, padding=1, padding_mode="circular", bias=False)
+    weight = conv.weight.detach()
+    for op in (sh.ConvOperator(weight), sh.ConvOperator(weight).circular(6), sh.DenseOperator(weight.flatten(1))):
+        plain = sh.spectral_norm(op)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(sh.spectral_norm(op), plain)
+            torch.testing.assert_close(sh.projections.clip(op, 0.9 * float(plain)).norm(), op.weight.norm(), rtol=0.1, atol=0)
+
+
+# -- wide layers: above `_SMALL` channels norms are proven by Cholesky factors, not found by eigenvalue solvers --------------
+
+
+def by_full_svd(weight: Tensor, points: int) -> float:
+    """The largest norm of the symbol on a grid, by a full SVD at every frequency."""
+    symbols = torch.fft.fft2(weight.double(), (points, points)).permute(2, 3, 0, 1)
+    return float(torch.linalg.matrix_norm(symbols[: points // 2 + 1], 2).max())
+
+
+@pytest.mark.parametrize("kind", ["random", "flat", "one peak", "rank one"])
+def test_wide_convolutions(kind: str) -> None:
+    """Certified on the lattice, exact on circles of any size, at 40 channels."""
+    torch.manual_seed(2)
+    weight = torch.randn(40, 48, 3, 3) / 20
+    if kind == "flat":
+        weight = torch.zeros(40, 40, 3, 3)
+        weight[:, :, 1, 1] = torch.linalg.qr(torch.randn(40, 40)).Q
+        weight[:20, :, 0, 1] = weight[:20, :, 1, 1]
+        weight[:20, :, 1, 1] = 0
+    elif kind == "one peak":
+        weight = weight + torch.ones(40, 48, 3, 3) / 20
+    elif kind == "rank one":
+        weight = torch.einsum("o,i,x,y->oixy", torch.randn(40), torch.randn(48), torch.randn(3), torch.randn(3))
+    op = sh.ConvOperator(weight, padding=1)
+    for rtol in (1e-2, 1e-3):
+        assert by_full_svd(weight, 48) <= float(sh.spectral_norm(op, rtol=rtol)) <= by_full_svd(weight, 128) * (1 + rtol + 2e-3)
+    for size in (5, 16, 40):
+        norm = float(sh.spectral_norm(op.circular(size)))
+        assert norm == pytest.approx(by_full_svd(weight, size), rel=3e-6)
+        assert norm == pytest.approx(float(sh.spectral_norm(op.with_weight(weight.double()).circular(size))), rel=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(30, 200), (200, 30), (120, 120)])
+def test_wide_matrices(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    exact = float(torch.linalg.matrix_norm(weight, 2))
+    assert float(sh.spectral_norm(sh.DenseOperator(weight))) == pytest.approx(exact, rel=1e-10)
+    clipped = sh.projections.clip(sh.DenseOperator(weight), exact / 2)
+    values = torch.linalg.svdvals(weight).clamp(max=exact / 2)
+    torch.testing.assert_close(torch.linalg.svdvals(clipped), values, rtol=1e-9, atol=0)
+
+
+def test_the_proofs_by_cholesky_agree_with_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of judging a cell lead to the same certified norm."""
+    torch.manual_seed(0)
+    kernels = [
+        torch.randn(4, 6, 3, 2),
+        torch.randn(5, 5, 4),
+        torch.randn(3, 3, 2, 3, 2),
+        torch.zeros(3, 3, 3, 3),
+        torch.eye(4)[..., None],
+    ]
+    ops = [sh.ConvOperator(k.double()) for k in kernels] + [sh.ConvOperator(torch.randn(6, 2, 3, 3).double(), groups=3)]
+    by_eigenvalues = [float(sh.spectral_norm(op)) for op in ops]
+    monkeypatch.setattr("spectral_hooks.lattice._SMALL", 1)
+    by_proofs = [float(sh.spectral_norm(op)) for op in ops]
+    assert by_proofs == pytest.approx(by_eigenvalues, rel=1e-3)

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import projections
 from ..operators.base import LinearOperator
-from ..selection import Patterns, Selection, Target, select
+from ..selection import Patterns, Selection, Target, listed, select
 from ..spectrum import check_finite, spectral_norm
 from ..weights import full, pruning_mask, remember, write_
 from .attach import Handle, attach
@@ -73,8 +73,8 @@ class SpectralClip:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
         self.max_norm = max_norm
-        self.layers = layers
-        self.exclude = exclude
+        self.layers = None if layers is None else listed(layers)
+        self.exclude = None if exclude is None else listed(exclude)
         self.every = every
         self.rounds = rounds
         self.record = record
@@ -189,7 +189,7 @@ class SpectralClip:
 
 def _shown(patterns: Any) -> str:
     """Like `repr` but the same in every process, for checkpoints know a hook by it; that of a function shows an address."""
-    if isinstance(patterns, (list, tuple)):
+    if isinstance(patterns, list):
         return f"[{', '.join(map(_shown, patterns))}]"
     if callable(patterns) and hasattr(patterns, "__qualname__"):
         return f"{patterns.__module__}.{patterns.__qualname__}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -93,6 +95,23 @@ class LinearOperator(ABC):
         columns = prod(self.in_shape)
         identity = torch.eye(columns, dtype=self.weight.dtype, device=self.weight.device)
         return self.matvec(identity.reshape(columns, *self.in_shape)).reshape(columns, -1).T
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def full_precision(function: F) -> F:
+    """Run a function of an operator without autocast, which would take float32 products in half precision."""
+
+    @functools.wraps(function)
+    def wrapped(op: LinearOperator, *args: Any, **kwargs: Any) -> Any:
+        device = op.weight.device.type
+        if not torch.amp.autocast_mode.is_autocast_available(device):
+            return function(op, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(op, *args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 def check_ends_with(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
