@@ -28,8 +28,8 @@ from .operators.symbols import Gram, half_plane, product, trim
 _CHUNK_BYTES = 1 << 24
 #: Up to this size an eigenvalue solver is as fast as a test by Cholesky.
 _SMALL = 24
-#: Evaluations, times the matrix size, spent on proving a norm below a target when `rtol` does not tell.
-_CLOSE_CALL_BUDGET = 1 << 17
+#: Evaluations, times the matrix size, spent on proving a norm below a target that is closer than `rtol`.
+_CLOSE_CALL_BUDGET = 1 << 15
 #: Frequencies looked at for a good start.
 _SAMPLE = 64
 #: The angle of the cells that judge many points of a fine grid at once.
@@ -47,7 +47,7 @@ _MOST_LEVELS = 40
 
 
 class LatticeNorm(NamedTuple):
-    """`value ≤ S ≤ upper`; `value` is the norm of the symbol of `group` at `theta`, a frequency of the trimmed kernel."""
+    """`value ≤ S ≤ upper`; `value` is the norm of the symbol of `group` at the frequency `theta`."""
 
     upper: float
     value: float
@@ -114,21 +114,24 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     Args:
         kernel: canonical kernel `(groups, rows, columns, *taps)`.
         rtol: relative width of the bracket.
-        target: only find out on which side of it the supremum lies. Then `upper` is at most `target` if that is proven (looking
-            closer than `rtol` where it helps, within limits), infinite if `value > target` is, and as without otherwise.
+        target: only find out on which side of it the supremum lies: `upper` is `target` if it is proven not to lie above, and
+            infinite if it does or, within limits, no proof was found.
 
     Raises:
         ValueError: the kernel holds NaN or infinity.
     """
     kernel, scale = normalized(kernel.detach())
-    kernel = trim(kernel)
+    taps = kernel.ndim - 3
+    kernel, axes = trim(kernel)
     gram = Gram(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
     if degree.numel() == 0:
         found = _largest_of(gram, degree[None])
     else:
         found = _search(gram, degree, rtol, None if target is None else target / scale)
-    return found._replace(upper=found.upper * scale, value=found.value * scale)
+    theta = kernel.new_zeros(taps)
+    theta[axes] = found.theta
+    return LatticeNorm(found.upper * scale, found.value * scale, found.group, theta)
 
 
 def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = torch.float64) -> LatticeNorm:
@@ -177,7 +180,9 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> Latt
     evaluations = 0
     for _ in range(_MOST_LEVELS):
         evaluations += len(cells.group)
-        aims_at_goal = goal is not None and evaluations * gram.size < _CLOSE_CALL_BUDGET
+        close_call = goal is not None and goal < best.value * (1 + rtol)
+        if close_call and evaluations * gram.size > _CLOSE_CALL_BUDGET:
+            return LatticeNorm(inf, *best)
         cosine = cos(min(_angle(degree, cells.radius), pi / 2))
         keep, lowers, vectors = [], [], []
         for part in _chunks(gram, cells):
@@ -187,7 +192,7 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> Latt
             best = best.or_at(float(lower[top]), part, top)
             if goal is not None and best.value > goal:
                 return LatticeNorm(inf, *best)
-            bound = goal if goal is not None and aims_at_goal else best.value * (1 + rtol)
+            bound = best.value * (1 + rtol) if goal is None else goal
             keep.append(~_below(matrices, lower, (bound * cosine) ** 2 / (1 + _rounding(gram.size))))
             lowers.append(lower)
             vectors.append(vector)
@@ -201,8 +206,7 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> Latt
     else:
         raise RuntimeError("the branch and bound did not end; please report this weight.")
     found = _largest_of(gram, best.theta[None])
-    upper = goal if goal is not None and aims_at_goal else found.value * (1 + rtol)
-    return found._replace(upper=upper)
+    return found._replace(upper=found.value * (1 + rtol) if goal is None else goal)
 
 
 def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:

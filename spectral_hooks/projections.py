@@ -144,26 +144,27 @@ def _norm_above(op: LinearOperator, target: float | None = None) -> float:
 
 
 def _rtol(kernel: Tensor) -> float:
-    """Relative width of the certificate, which the final scaling may take too much: 5e-4, up to 1e-2 where it is dear.
+    """Relative width of the certificate, which the final scaling may take too much: 1e-3, up to 1e-2 where it is dear.
 
     A clipped kernel has its largest singular value at many frequencies; proving that takes some `1 / rtol` of them, at the cube
     of the channels each.
     """
     size = min(kernel.shape[1:3])
-    return min(max(2e-3 * size / 64, 5e-4), 1e-2)
+    return min(max(2e-3 * size / 64, 1e-3), 1e-2)
 
 
 def _settle(op: LinearOperator, weight: Tensor, max_norm: float) -> Tensor:
     """The weight in the dtype of the operator's, scaled down until the stored values obey the bound."""
     eps = torch.finfo(op.weight.dtype).eps
     fine = eps < _TOLERANCE
+    measured = op.is_finite and op.frequency_grid is None
     for attempt in range(1, 100):
         stored = weight.to(op.weight)
         norm = _norm_above(op.with_weight(stored))
         if norm <= max_norm:
             return stored
-        weight = weight * (max_norm / norm * (1 - (max(4 * eps, 1e-12) if fine else attempt * eps / 4)))
-        if fine:  # rounding can no longer bring the norm back above the bound
+        weight = weight * (max_norm / norm * (1 - attempt * (max(4 * eps, 1e-12) if fine else eps / 4)))
+        if fine and not measured:  # neither rounding nor a new certificate can bring the norm back above the bound
             return weight.to(op.weight)
     raise RuntimeError(f"no {op.weight.dtype} weight near this one has norm at most {max_norm}.")
 
@@ -183,7 +184,7 @@ def _clip_kernel(op: LinearOperator, kernel: Tensor, max_norm: float, rounds: in
     counts = counts / prod(sizes)
     angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
     cos, sin = angles.cos() * counts, angles.sin() * counts
-    support = op.with_weight(torch.ones_like(op.weight)).canonical() != 0
+    support = (op.with_weight(torch.ones_like(op.weight)).canonical() != 0).to(kernel.device)
 
     def crop(symbols: Tensor) -> Tensor:
         flat = symbols.flatten(1)

@@ -12,7 +12,7 @@ from .krylov import largest, matrix_norm, with_gradient
 from .lattice import grid_norm, lattice_norm, normalized
 from .operators.base import Grid, LinearOperator, full_precision
 from .operators.conv import ConvOperator
-from .operators.symbols import half_plane, symbol, trim
+from .operators.symbols import half_plane, symbol
 
 #: Entries of the largest dense matrix that is decomposed when all singular values are asked for (2 GiB in float64).
 _DENSE_ENTRIES = 1 << 28
@@ -132,19 +132,19 @@ def _norm(op: LinearOperator, rtol: float) -> Tensor:
     if grid is not None:
         screen = torch.float64 if grid == () else kernel.dtype
         found = grid_norm(kernel, tuple(size for size, _ in grid), screen=screen)
-        norm = kernel.new_tensor(found.value)
+        norm = found.value
     else:
         factor = op.lattice_factor
-        kernel = trim(kernel)
         # a little closer than asked: casts, and whoever compares with a sampled supremum, need room too
         found = lattice_norm(kernel, 0.8 * rtol)
         # the cast must not round below
-        norm = kernel.new_tensor(found.upper * factor * (1 + torch.finfo(kernel.dtype).eps))
+        norm = found.upper * factor * (1 + torch.finfo(kernel.dtype).eps)
     if not weight.requires_grad:
-        return norm
-    block = symbol(kernel[found.group : found.group + 1], found.theta[None].to(kernel))[0, 0]
-    u, s, vh = torch.linalg.svd(block.detach(), full_matrices=False)
-    return with_gradient(norm, (u[:, 0].conj() @ block @ vh[0].conj()).real * (norm / s[0]).detach())
+        return kernel.new_tensor(norm)
+    theta = found.theta[None]
+    block = symbol(kernel[found.group : found.group + 1].to(theta), theta)[0, 0]
+    attained = matrix_norm(block) * (norm / found.value if found.value else 1.0)
+    return with_gradient(kernel.new_tensor(norm), attained.to(kernel))
 
 
 def check_finite(weight: Tensor) -> None:

@@ -569,3 +569,23 @@ def test_the_proofs_by_cholesky_agree_with_eigenvalues(monkeypatch: pytest.Monke
     monkeypatch.setattr("spectral_hooks.lattice._SMALL", 1)
     by_proofs = [float(sh.spectral_norm(op)) for op in ops]
     assert by_proofs == pytest.approx(by_eigenvalues, rel=1e-3)
+
+
+def test_gradients_where_the_kernel_is_zero() -> None:
+    """A zero kernel has a finite gradient; outer taps that are zero have the gradient that their neighbours have."""
+    zero = torch.zeros(3, 2, 3, 3, requires_grad=True)
+    sh.spectral_norm(sh.ConvOperator(zero)).backward()
+    assert torch.isfinite(zero.grad).all()
+
+    torch.manual_seed(0)
+    weight = torch.zeros(2, 2, 3, dtype=torch.float64)
+    weight[..., 1] = torch.randn(2, 2, dtype=torch.float64)
+    weight[..., 0] = 0.1 * torch.randn(2, 2, dtype=torch.float64)
+    weight.requires_grad_()
+    norm = sh.spectral_norm(sh.ConvOperator(weight), rtol=1e-6)
+    norm.backward()
+    with torch.no_grad():
+        moved = weight + 1e-5 * weight.grad
+        risen = sh.spectral_norm(sh.ConvOperator(moved), rtol=1e-6) - norm
+    assert weight.grad[..., 2].abs().max() > 0.01
+    assert float(risen) == pytest.approx(1e-5 * float(weight.grad.square().sum()), rel=0.05)

@@ -47,11 +47,12 @@ def half_plane(sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     return theta.to(like), counts.to(like)
 
 
-def trim(kernel: Tensor) -> Tensor:
-    """The kernel without its outer taps that are zero, and without the axes that then have a single tap.
+def trim(kernel: Tensor) -> tuple[Tensor, list[int]]:
+    """The kernel without its outer taps that are zero and without the axes that then have a single tap; and the axes left.
 
     Neither changes a singular value: a shift of all taps multiplies the symbol by a number of modulus one.
     """
+    axes: list[int] = []
     for axis in range(kernel.ndim - 1, 2, -1):
         others = [a for a in range(kernel.ndim) if a != axis]
         used = (kernel != 0).sum(dim=others).nonzero()
@@ -59,7 +60,9 @@ def trim(kernel: Tensor) -> Tensor:
         kernel = kernel.narrow(axis, first, last - first + 1)
         if kernel.shape[axis] == 1:
             kernel = kernel.squeeze(axis)
-    return kernel
+        else:
+            axes.insert(0, axis - 3)
+    return kernel, axes
 
 
 class Gram:
