@@ -10,7 +10,7 @@ from itertools import cycle, product
 import torch
 from torch import Tensor, nn
 
-from spectral_hooks import ConvOperator, projections
+from spectral_hooks import ConvOperator, bounds, projections
 from spectral_hooks.operators import LinearOperator
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -169,6 +169,22 @@ CONVS = _SPECIAL + _1D + _2D + _3D
 
 #: Few of them, for what costs more; every kind is still there.
 FEW_CONVS = _SPECIAL + _1D[3::23] + _2D[5::31] + _3D[2::11]
+
+#: Every bound: `operator -> 0-d tensor`; after a hyphen, with the ends of its arguments.
+BOUNDS: dict[str, Callable[[LinearOperator], Tensor]] = {
+    "cosine_grid": bounds.cosine_grid,
+    "cosine_grid-coarse": partial(bounds.cosine_grid, oversampling=1.3),
+    "gram_iteration": bounds.gram_iteration,
+    "gram_iteration-0": partial(bounds.gram_iteration, steps=0, oversampling=2),
+    "gram_iteration-20": partial(bounds.gram_iteration, steps=20, oversampling=2),
+    "kernel_gram-1": partial(bounds.kernel_gram, steps=1),
+    "kernel_gram": partial(bounds.kernel_gram, steps=3),
+    "unfolding": bounds.unfolding,
+    "tap_sum": bounds.tap_sum,
+    "frobenius_grid": bounds.frobenius_grid,
+    "frobenius_grid-coarse": partial(bounds.frobenius_grid, oversampling=1.3),
+    "absolute_sum": bounds.absolute_sum,
+}
 
 #: Every projection: `(operator, max_norm) -> weight`.
 PROJECTIONS: dict[str, Callable[[LinearOperator, float], Tensor]] = {

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from math import cos, inf, pi, prod, sqrt
 
 import pytest
 import torch
-from cases import CONVS, FEW_CONVS, MATRICES, Case
+from cases import BOUNDS, CONVS, FEW_CONVS, MATRICES, Case
 from test_spectrum import DIFFERENTIABLE, KERNELS, flat, random, smooth
 from torch import Tensor
 
@@ -17,21 +16,6 @@ import spectral_hooks as sh
 from spectral_hooks import lattice
 from spectral_hooks.operators import LinearOperator, padding
 
-#: Every bound, and the ends of its arguments.
-BOUNDS: dict[str, Callable[[LinearOperator], Tensor]] = {
-    "cosine_grid": sh.bounds.cosine_grid,
-    "cosine_grid-coarse": partial(sh.bounds.cosine_grid, oversampling=1.3),
-    "gram_iteration": sh.bounds.gram_iteration,
-    "gram_iteration-0": partial(sh.bounds.gram_iteration, steps=0, oversampling=2),
-    "gram_iteration-20": partial(sh.bounds.gram_iteration, steps=20, oversampling=2),
-    "kernel_gram-1": partial(sh.bounds.kernel_gram, steps=1),
-    "kernel_gram": partial(sh.bounds.kernel_gram, steps=3),
-    "unfolding": sh.bounds.unfolding,
-    "tap_sum": sh.bounds.tap_sum,
-    "frobenius_grid": sh.bounds.frobenius_grid,
-    "frobenius_grid-coarse": partial(sh.bounds.frobenius_grid, oversampling=1.3),
-    "absolute_sum": sh.bounds.absolute_sum,
-}
 PLAIN = [name for name in BOUNDS if "-" not in name]
 
 
