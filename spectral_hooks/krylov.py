@@ -39,7 +39,8 @@ def largest(
         op: a finite operator.
         k: how many.
         tol: stop when every `‖Aᵀu - σv‖ ≤ tol · σ₁`, or 50 times the machine epsilon where that is more; then a singular value
-            lies within that distance of each one returned, and in practice within its square.
+            lies within that distance of each one returned, and in practice within its square. For `k = 1` the square itself,
+            over the distance to the next, is enough.
         generator: source of the starting block; a fixed seed by default, so that the result is deterministic.
 
     Raises:
@@ -58,27 +59,32 @@ def largest(
 
     block = min(k + 2, size)
     per_vector = (size + prod(op.out_shape)) * dtype.itemsize
-    columns = min(size, max(3 * block, min(12 * block, _BASIS_BYTES // per_vector)))
+    columns = min(size, max(4 * block, min(12 * block + 24, _BASIS_BYTES // per_vector)))
+    keep = max(block, columns // 3)
     start = torch.randn(size, block, generator=generator, dtype=dtype).to(op.weight.device)
     basis = torch.linalg.qr(start).Q
     image = forward(basis)
     # residuals of wide layers stop shrinking at some 30 eps
-    floor = 50 * torch.finfo(dtype).eps
+    tol = max(tol, 50 * torch.finfo(dtype).eps)
     for _ in range(max_restarts):
         while True:
-            u, s, vh = torch.linalg.svd(image, full_matrices=False)
-            u, s, v = u[:, :block], s[:block], vh[:block].T
-            right = basis @ v
-            residual = adjoint(u) - right * s
-            error = torch.linalg.vector_norm(residual, dim=0)
-            if s[0] == 0 or bool((error[:k] <= max(tol, floor) * s[0]).all()) or basis.shape[1] == size:
-                return Triples(s[:k], u[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
+            squared, v = torch.linalg.eigh(image.T @ image)
+            s, v = squared.clamp(min=0).sqrt().flip(0), v.flip(1)
+            right, left = basis @ v[:, :block], image @ v[:, :block] / s[:block].clamp(min=torch.finfo(dtype).tiny)
+            residual = adjoint(left) - right * s[:block]
+            error = torch.linalg.vector_norm(residual, dim=0)[:k]
+            if k == 1 and len(s) > 1:
+                # off by an angle, a vector has a value off by its square, over the distance to the next; which may be overrated
+                error = torch.minimum(error, 30 * error**2 / (s[0] - s[1]).clamp(min=torch.finfo(dtype).tiny))
+            if s[0] == 0 or bool((error <= tol * s[0]).all()) or basis.shape[1] == size:
+                return Triples(s[:k], left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
             if basis.shape[1] + block > columns:
                 break
             fresh = _orthonormal(residual, basis)[:, : size - basis.shape[1]]
             basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
-        fresh = _orthonormal(residual, right)[:, : size - block]
-        basis, image = torch.cat([right, fresh], 1), torch.cat([u * s, forward(fresh)], 1)
+        basis, image = basis @ v[:, :keep], image @ v[:, :keep]
+        fresh = _orthonormal(residual, basis)[:, : size - keep]
+        basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
     raise RuntimeError(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts; raise `tol`.")
 
 

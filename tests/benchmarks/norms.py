@@ -237,7 +237,7 @@ def picture(rows: list[tuple[str, str, str, float, float]], path: str) -> None:
     marks = {"exact": "o", "certified": "s", "estimate": "^", "not certified": "x"}
     for axis, chosen in zip(axes[0], names, strict=True):
         for i, (_, method, says, seconds, ratio) in enumerate(r for r in rows if r[0] == chosen):
-            axis.plot(seconds * 1e3, ratio, marks[says], color=f"C{i % 10}", label=f"{method} ({says})", markersize=8)
+            axis.plot(seconds * 1e3, ratio, marks[says], color=plt.get_cmap("tab20")(i), label=f"{method} ({says})", markersize=8)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="time, ms", title=chosen)
         axis.grid(alpha=0.3)
