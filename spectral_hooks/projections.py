@@ -150,7 +150,7 @@ def _rtol(kernel: Tensor) -> float:
     of the channels each.
     """
     size = min(kernel.shape[1:3])
-    return min(max(2e-3 * size / 64, 1e-3), 1e-2)
+    return 1e-3 if size <= 8 else min(2e-3 * max(size / 64, 1.0), 1e-2)
 
 
 def _settle(op: LinearOperator, weight: Tensor, max_norm: float) -> Tensor:
