@@ -206,7 +206,7 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> Latt
     else:
         raise RuntimeError("the branch and bound did not end; please report this weight.")
     found = _largest_of(gram, best.theta[None])
-    return found._replace(upper=found.value * (1 + rtol) if goal is None else goal)
+    return found._replace(upper=max(found.value, best.value) * (1 + rtol) if goal is None else goal)
 
 
 def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
@@ -225,9 +225,12 @@ def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
             top = int(left[lower[left].argmax()])
             value, _ = _exact(matrices[top], vector[top], lower[top])
             best = best.or_at(float(value), part, top)
-            left = left[left != top]
             left = left[~_below(matrices[left], lower[left], best.value**2 * ties)]
-    return LatticeNorm(best.value * sqrt(ties), *best)
+            if top in left.tolist():
+                # Krylov steps can settle on a vector that is not the top one; an eigenvalue solver cannot
+                best = best.or_at(float(_squared_norms(matrices[top])), part, top)
+                left = left[left != top]
+    return LatticeNorm(best.value * sqrt(ties) * (1 + _rounding(gram.size)), *best)
 
 
 def _leader(gram: Gram, cells: Cells, best: Peak | None = None) -> Peak:
