@@ -9,8 +9,9 @@ the centres of cells that cover the torus, `S ≤ U`. Cells that pass are droppe
 The metric is a sum over the axes, and its balls in two dimensions are diamonds. They tile the plane, and take half as many
 evaluations as squares: centres form a checkerboard, and a diamond splits into four.
 
-All in float64, which holds every weight exactly. `‖F(centre)‖ < τ` is proven by a Cholesky factor of `τ² I - F F*`; its rounding,
-at most `n (n + 1) eps` relative (Rump 2006), is added to the result.
+Three things keep it cheap. `L` is nearly the supremum from the start, by climbing from the best of a sample. The size of the
+first cells is chosen by that sample: on a flat spectrum large cells would all be tested in vain. And a test is one Cholesky
+factor of `(U cos a)² I - F F*`, in float32 where the bound of its rounding leaves room, else in float64.
 """
 
 from __future__ import annotations
@@ -22,26 +23,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .hermitian import below_, exact_top, top
 from .operators.symbols import Gram, half_plane, product, trim
 
-#: Bytes of Gram matrices held at once: few enough to stay in a cache.
+#: Bytes of Gram matrices held at once: few enough for caches, and for allocators to use the same memory again.
 _CHUNK_BYTES = 1 << 24
-#: Up to this size an eigenvalue solver is as fast as a test by Cholesky.
-_SMALL = 24
 #: Evaluations, times the matrix size, spent on proving a norm below a target that is closer than `rtol`.
 _CLOSE_CALL_BUDGET = 1 << 15
-#: Frequencies looked at for a good start.
-_SAMPLE = 64
-#: The angle of the cells that judge many points of a fine grid at once.
-_COARSE = 0.2
-#: Cells per level whose norm is found more closely.
-_LEADERS = 4
+#: The angle of the cells whose centres are the sample.
+_SAMPLED = 0.6
+#: Frequencies from which to climb, and steps.
+_CLIMBERS, _CLIMB_STEPS = 3, 6
+#: Krylov steps for the norm of a frequency.
+_KRYLOV_STEPS = 16
+#: Surviving cells per level at whose centres the norm is found.
+_LEADERS = 8
 #: The largest angle of a first cell.
 _WIDEST = 0.8
-#: Restarts of 24 Krylov steps before an eigenvalue solver takes over.
-_MOST_RESTARTS = 8
-#: Keeps the direction of a zero vector from being NaN.
-_TINY = torch.finfo(torch.float32).tiny
+#: The share of a cell's room that rounding in float32 may take.
+_ROUNDING_SHARE = 0.3
+#: Frequencies of a fine grid looked at for a good start, and the angle of the cells that judge many of them at once.
+_STARTS, _COARSE = 64, 0.2
 #: No cell is halved more often: the angle is then below the rounding.
 _MOST_LEVELS = 40
 
@@ -56,31 +58,24 @@ class LatticeNorm(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Cells of one size: groups, centres, and an approximate top vector for each (of size 0 where none is needed).
+    """Cells of one size: groups and centres.
 
     `radius` is their extent along each axis: a diamond in the first two axes, an interval in the third.
     """
 
     group: Tensor
     centre: Tensor
-    vector: Tensor
     radius: Tensor
 
     def at(self, index: Tensor) -> Cells:
         """The cells with these indices, or under this mask."""
-        return Cells(self.group[index], self.centre[index], self.vector[index], self.radius)
+        return Cells(self.group[index], self.centre[index], self.radius)
 
-    def split(self, keep: Tensor) -> Cells:
-        """The cells to keep, each split into `2^d` of half the radius; they inherit its vector."""
+    def split(self) -> Cells:
+        """Each cell split into `2^d` of half the radius."""
         offsets = _split_pattern(self.radius.numel(), self.radius) * self.radius / 2
-        centre = (self.centre[keep].unsqueeze(1) + offsets).flatten(0, 1)
-        copies = len(offsets)
-        return Cells(
-            self.group[keep].repeat_interleave(copies),
-            centre,
-            self.vector[keep].repeat_interleave(copies, dim=0),
-            self.radius / 2,
-        )
+        centre = (self.centre.unsqueeze(1) + offsets).flatten(0, 1)
+        return Cells(self.group.repeat_interleave(len(offsets)), centre, self.radius / 2)
 
 
 def _split_pattern(dims: int, like: Tensor) -> Tensor:
@@ -101,11 +96,13 @@ class Peak(NamedTuple):
     group: int
     theta: Tensor
 
-    def or_at(self, squared: float, cells: Cells, index: int) -> Peak:
-        """This, or that of a cell if it is larger."""
-        if squared <= self.value**2:
+    def or_at(self, squared: Tensor, cells: Cells) -> Peak:
+        """This, or the largest of these cells' squared norms if it is larger."""
+        index = int(squared.argmax())
+        largest = float(squared[index])
+        if not largest > self.value**2:
             return self
-        return Peak(sqrt(squared), int(cells.group[index]), cells.centre[index])
+        return Peak(sqrt(largest), int(cells.group[index]), cells.centre[index])
 
 
 def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None) -> LatticeNorm:
@@ -122,6 +119,8 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     """
     kernel, scale = normalized(kernel.detach())
     taps = kernel.ndim - 3
+    if not kernel.any():
+        return LatticeNorm(0.0, 0.0, 0, kernel.new_zeros(taps))
     kernel, axes = trim(kernel)
     gram = Gram(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
@@ -147,13 +146,13 @@ def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = t
     """
     kernel, scale = normalized(kernel.detach())
     theta, _ = half_plane(sizes, kernel)
+    if not kernel.any():
+        return LatticeNorm(0.0, 0.0, 0, theta[0])
     gram = Gram(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
+    theta = _promising(gram, degree, theta)
     if screen == torch.float32:
-        single = gram.single()
-        theta = _largest_of(single, _promising(single, degree, theta)).theta[None]
-    else:
-        theta = _promising(gram, degree, theta)
+        theta = _largest_of(gram.single(), theta).theta[None]
     found = _largest_of(gram, theta)
     return found._replace(upper=found.upper * scale, value=found.value * scale)
 
@@ -173,89 +172,136 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
 
 def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
     """Branch and bound."""
-    # the last level is then as wide as it may be
+    quick = gram.single() if rtol > 1e-4 else gram
+    sample = _tiling(gram, degree, _SAMPLED)
+    squared = torch.cat([top(quick(p.group, p.centre), steps=_KRYLOV_STEPS)[0] for p in _chunks(quick, sample)])
+    best = _climb(quick, degree, sample.at(squared.topk(min(_CLIMBERS, len(squared))).indices), Peak(0.0, 0, sample.centre[0]))
+
+    def bound() -> float:
+        return best.value * (1 + rtol) if goal is None else goal
+
     finest = acos(1 / (1 + rtol))
-    cells = _tiling(gram, degree, finest * 2 ** max(floor(log2(_WIDEST / finest)), 0))
-    best = Peak(0.0, 0, cells.centre[0])
+    ratios = (squared.sqrt() / bound()).tolist()
+    cells = _tiling(gram, degree, _first_angle(ratios, finest, degree.numel()))
     evaluations = 0
     for _ in range(_MOST_LEVELS):
-        evaluations += len(cells.group)
-        close_call = goal is not None and goal < best.value * (1 + rtol)
-        if close_call and evaluations * gram.size > _CLOSE_CALL_BUDGET:
+        if goal is not None and best.value > goal:
             return LatticeNorm(inf, *best)
-        cosine = cos(min(_angle(degree, cells.radius), pi / 2))
-        keep, lowers, vectors = [], [], []
-        for part in _chunks(gram, cells):
-            matrices = gram(part.group, part.centre)
-            lower, vector = _estimates(matrices, part.vector)
-            top = int(lower.argmax())
-            best = best.or_at(float(lower[top]), part, top)
-            if goal is not None and best.value > goal:
-                return LatticeNorm(inf, *best)
-            bound = best.value * (1 + rtol) if goal is None else goal
-            keep.append(~_below(matrices, lower, (bound * cosine) ** 2 / (1 + _rounding(gram.size))))
-            lowers.append(lower)
-            vectors.append(vector)
-        kept = torch.cat(keep)
+        evaluations += len(cells.group)
+        if goal is not None and goal < best.value * (1 + rtol) and evaluations * gram.size > _CLOSE_CALL_BUDGET:
+            return LatticeNorm(inf, *best)
+        angle = min(_angle(degree, cells.radius), pi / 2)
+        level = (bound() * cos(angle)) ** 2
+        kept = ~_below(quick, gram, cells, level, _ROUNDING_SHARE * (bound() ** 2 - level))
         if not kept.any():
             break
-        cells = cells._replace(vector=torch.cat(vectors))
-        # the closer the best to the supremum, the more cells go; near-ties defeat a few Krylov steps
-        best = _leader(gram, cells.at(torch.cat(lowers).topk(min(_LEADERS, len(kept))).indices), best)
-        cells = cells.split(kept)
+        cells = cells.at(kept)
+        leaders = cells.at(torch.arange(0, len(cells.group), -(-len(cells.group) // _LEADERS)))
+        best = _climb(quick, degree, leaders, best)
+        cells = cells.split()
     else:
         raise RuntimeError("the branch and bound did not end; please report this weight.")
     found = _largest_of(gram, best.theta[None])
     return found._replace(upper=max(found.value, best.value) * (1 + rtol) if goal is None else goal)
 
 
+def _below(quick: Gram, gram: Gram, cells: Cells, level: float, slack: float) -> Tensor:
+    """At which centres the squared norm is proven not to exceed `level`: in float32, and where that is too coarse in float64."""
+    masks, growth = [], 0.0
+    for part in _chunks(quick, cells):
+        proven, doubtful, growth = below_(
+            quick(part.group, part.centre), level, error=quick.error, slack=slack, growth=1.1 * growth
+        )
+        if quick is not gram and doubtful.any():
+            rest = part.at(doubtful)
+            proven[doubtful] = below_(gram(rest.group, rest.centre), level, error=gram.error, slack=0.01 * slack).proven
+        masks.append(proven)
+    return torch.cat(masks)
+
+
+def _first_angle(ratios: list[float], finest: float, dims: int) -> float:
+    """The size of the first cells with the least number of tests expected, from a sample of norms relative to the bound."""
+    angles = [finest * 2**j for j in range(int(log2(max(_WIDEST / finest, 1))) + 1)]
+
+    def expected(angle: float) -> float:
+        total, size = 0.0, angle
+        while size >= finest * 0.999:
+            above = cos(2 * size) if size < angle else 0.0  # the cell around was tested, and kept
+            total += (sum(r >= above for r in ratios) + 0.5) / size**dims
+            size /= 2
+        return total
+
+    return min(angles, key=expected)
+
+
+def _climb(gram: Gram, degree: Tensor, cells: Cells, best: Peak) -> Peak:
+    """`best`, or the largest norm found by going up from the best of these cells' centres.
+
+    With the top vector `v` here, `v* G(θ) v` is a polynomial, cheap everywhere and nowhere above the squared norm: where it is
+    largest nearby, the norm is larger than here.
+    """
+    squared, vector = top(gram(cells.group, cells.centre), steps=_KRYLOV_STEPS)
+    highest = squared.topk(min(_CLIMBERS, len(squared))).indices
+    if not bool(squared.amax() > best.value**2):
+        return best
+    cells, vector = cells.at(highest), vector[highest]
+    best = best.or_at(squared[highest], cells)
+    offsets = product([torch.linspace(-1, 1, 9)] * degree.numel(), degree) / degree
+    for step in range(_CLIMB_STEPS):
+        nearby = cells.centre.unsqueeze(1) + 1.5 * 0.4**step * offsets
+        uphill = gram.along(cells.group, nearby, vector).argmax(1)
+        cells = cells._replace(centre=nearby[torch.arange(len(uphill)), uphill])
+        squared, vector = top(gram(cells.group, cells.centre), vector, steps=4)
+        best = best.or_at(squared, cells)
+    return best
+
+
 def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
-    """The largest norm at these frequencies: `upper` exceeds it by rounding only."""
+    """The largest norm at these frequencies: `upper` exceeds it by rounding only; in float32 it is no proof."""
     cells = _at(gram, theta, theta.new_zeros(theta.shape[1]))
-    best = _leader(gram, cells.at(torch.arange(0, len(cells.group), len(cells.group) // _SAMPLE + 1)))
-    ties = 1 + (max(_rounding(gram.size), 1e-10) if gram.lags.dtype == torch.float64 else 1e-6)
+    some = cells.at(torch.arange(0, len(cells.group), len(cells.group) // _STARTS + 1))
+    best = Peak(0.0, 0, theta[0]).or_at(top(gram(some.group, some.centre), steps=4)[0], some)
+    ties = 1e-6 if gram.even.dtype == torch.float32 else 1e-10
+
+    def slack() -> float:
+        return ties * best.value**2 + 2 * gram.error
+
+    def proven(matrices: Tensor) -> Tensor:
+        enough, doubtful, _ = below_(matrices.clone(), best.value**2 + 2 * slack(), error=gram.error, slack=slack())
+        return enough | doubtful if gram.even.dtype == torch.float32 else enough
+
     for part in _chunks(gram, cells):
         matrices = gram(part.group, part.centre)
         # most are proven at once not to exceed a good start; of the others, one after the other becomes exact
-        rest = ~_below(matrices, None, best.value**2 * ties)
+        rest = ~proven(matrices)
         part, matrices = part.at(rest), matrices[rest]
-        lower, vector = _estimates(matrices, part.vector)
-        left = torch.arange(len(lower), device=lower.device)
+        estimates, vectors = top(matrices, steps=4)
+        left = torch.arange(len(estimates), device=estimates.device)
         while len(left):
-            top = int(left[lower[left].argmax()])
-            value, _ = _exact(matrices[top], vector[top], lower[top])
-            best = best.or_at(float(value), part, top)
-            left = left[~_below(matrices[left], lower[left], best.value**2 * ties)]
-            if top in left.tolist():
+            highest = left[estimates[left].argmax()][None]
+            value, _ = exact_top(matrices[highest[0]], vectors[highest[0]])
+            best = best.or_at(value[None], part.at(highest))
+            left = left[~proven(matrices[left])]
+            if highest in left:
                 # Krylov steps can settle on a vector that is not the top one; an eigenvalue solver cannot
-                best = best.or_at(float(_squared_norms(matrices[top])), part, top)
-                left = left[left != top]
-    return LatticeNorm(best.value * sqrt(ties) * (1 + _rounding(gram.size)), *best)
-
-
-def _leader(gram: Gram, cells: Cells, best: Peak | None = None) -> Peak:
-    """The largest norm among these cells' centres and `best`, quickly: a few Krylov steps more at the most promising ones."""
-    best = best or Peak(0.0, 0, cells.centre[0])
-    matrices = gram(cells.group, cells.centre)
-    lower, vector = _estimates(matrices, cells.vector)
-    leaders = lower.topk(min(_LEADERS, len(lower))).indices
-    if gram.size > _SMALL:
-        lower[leaders], _ = _krylov(matrices[leaders], vector[leaders], steps=12)
-    top = int(leaders[lower[leaders].argmax()])
-    return best.or_at(float(lower[top]), cells, top)
+                best = best.or_at(torch.linalg.eigvalsh(matrices[highest])[:, -1], part.at(highest))
+                left = left[left != highest]
+    return LatticeNorm(sqrt(best.value**2 + 2 * slack()), *best)
 
 
 def _promising(gram: Gram, degree: Tensor, theta: Tensor) -> Tensor:
     """The frequencies of a fine grid at which its largest norm can be, judged by cells of the torus that hold many of them."""
-    if gram.groups > 1 or gram.size <= _SMALL or not degree.numel() or bool((degree == 0).any()):
+    if gram.groups > 1 or gram.size <= 24 or not degree.numel() or bool((degree == 0).any()):
         return theta
     cells = _tiling(gram, degree, _COARSE)
     if 2 * len(cells.group) > len(theta):
         return theta
     angle = _angle(degree, cells.radius)
-    best = _leader(gram, _at(gram, theta[:: len(theta) // _SAMPLE + 1], cells.radius))
-    parts = [_below(gram(p.group, p.centre), None, (best.value * cos(angle)) ** 2) for p in _chunks(gram, cells)]
-    centres = cells.centre[~torch.cat(parts)]
+    some = _at(gram, theta[:: len(theta) // _STARTS + 1], cells.radius)
+    quick = gram.single()
+    best = float(top(quick(some.group, some.centre), steps=8)[0].amax())
+    level = best * cos(angle) ** 2
+    centres = cells.centre[~_below(quick, gram, cells, level, _ROUNDING_SHARE * (best - level))]
     apart = (theta.unsqueeze(1) - centres).remainder(2 * pi)
     distance = torch.minimum(apart, 2 * pi - apart) @ (degree / 2)
     return theta[(distance <= angle * (1 + 1e-9)).any(1)]
@@ -280,8 +326,7 @@ def _tiling(gram: Gram, degree: Tensor, angle: float) -> Cells:
 def _at(gram: Gram, centre: Tensor, radius: Tensor) -> Cells:
     """Cells at these centres for every group."""
     groups = torch.arange(gram.groups, device=centre.device).repeat_interleave(len(centre))
-    vector = torch.empty(len(groups), 0, device=centre.device)
-    return Cells(groups, centre.repeat(gram.groups, 1), vector, radius)
+    return Cells(groups, centre.repeat(gram.groups, 1), radius)
 
 
 def _angle(degree: Tensor, radius: Tensor) -> float:
@@ -291,75 +336,6 @@ def _angle(degree: Tensor, radius: Tensor) -> float:
 
 
 def _chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:
-    count = max(_CHUNK_BYTES // (16 * gram.size**2), 1)
-    parts = zip(cells.group.split(count), cells.centre.split(count), cells.vector.split(count), strict=True)
+    count = max(_CHUNK_BYTES // (2 * gram.even.element_size() * gram.size**2), 1)
+    parts = zip(cells.group.split(count), cells.centre.split(count), strict=True)
     return (Cells(*part, cells.radius) for part in parts)
-
-
-def _estimates(matrices: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues, exact if small, else from below by a few Krylov steps; and the vectors that attain them."""
-    if matrices.shape[-1] <= _SMALL:
-        return _squared_norms(matrices), vector
-    if vector.shape[1] == 0:
-        start = matrices.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
-        return _krylov(matrices, matrices.take_along_dim(start[:, None, None], dim=-1).squeeze(-1), steps=4)
-    return _krylov(matrices, vector, steps=2)
-
-
-def _exact(matrix: Tensor, vector: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalue of one matrix, to rounding, from an approximate vector and its value."""
-    if matrix.shape[-1] <= _SMALL:
-        return lower, vector
-    matrix, vector = matrix[None], vector[None]
-    for _ in range(_MOST_RESTARTS):
-        value, vector = _krylov(matrix, vector, steps=24)
-        residual = (matrix @ vector.unsqueeze(-1)).squeeze(-1) - value.unsqueeze(-1) * vector
-        # the error of the value is the square of this, over the gap
-        if float(torch.linalg.vector_norm(residual)) <= max(1e-8, 30 * torch.finfo(lower.dtype).eps) * float(value):
-            return value[0], vector[0]
-    return _squared_norms(matrix)[0], vector[0]
-
-
-def _krylov(matrices: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Lanczos from a vector for every Hermitian matrix: the largest Ritz values, from below, and their unit vectors."""
-    basis = _unit(vector).unsqueeze(-1)
-    images = matrices @ basis
-    for _ in range(steps):
-        fresh = images[..., -1:]
-        for _ in range(2):
-            fresh = fresh - basis @ (basis.mH @ fresh)
-        fresh = _unit(fresh.squeeze(-1)).unsqueeze(-1)
-        basis = torch.cat([basis, fresh], -1)
-        images = torch.cat([images, matrices @ fresh], -1)
-    ritz = torch.linalg.eigh(basis.mH @ images).eigenvectors[..., -1:]
-    # a start that is an eigenvector leaves a basis that is not orthonormal: the quotient holds all the same
-    length = torch.linalg.vector_norm(basis @ ritz, dim=-2, keepdim=True).clamp(min=_TINY)
-    vector, image = (basis @ ritz / length).squeeze(-1), (images @ ritz / length).squeeze(-1)
-    return (vector.conj() * image).sum(-1).real, vector
-
-
-def _unit(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=_TINY)
-
-
-def _squared_norms(matrices: Tensor) -> Tensor:
-    if matrices.shape[-1] == 1:
-        return matrices[..., 0, 0].real
-    return torch.linalg.eigvalsh(matrices)[..., -1]
-
-
-def _below(matrices: Tensor, lower: Tensor | None, level: float) -> Tensor:
-    """Which of the matrices are proven to have no eigenvalue above `level`; lower estimates save the hopeless tests."""
-    size = matrices.shape[-1]
-    if size <= _SMALL:  # the estimates are exact
-        return (_squared_norms(matrices) if lower is None else lower) < level
-    below = torch.ones(len(matrices), dtype=torch.bool, device=matrices.device) if lower is None else lower < level
-    if below.any():
-        shifted = -(matrices if bool(below.all()) else matrices[below])
-        shifted.diagonal(dim1=-2, dim2=-1).add_(level)
-        below[below.clone()] = torch.linalg.cholesky_ex(shifted).info == 0
-    return below
-
-
-def _rounding(size: int) -> float:
-    return 4 * size * (size + 1) * torch.finfo(torch.float64).eps

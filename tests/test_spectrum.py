@@ -511,7 +511,7 @@ def test_autocast_changes_nothing() -> None:
             torch.testing.assert_close(sh.projections.clip(op, 0.9 * float(plain)).norm(), op.weight.norm(), rtol=0.1, atol=0)
 
 
-# -- wide layers: above `_SMALL` channels norms are proven by Cholesky factors, not found by eigenvalue solvers --------------
+# -- wide layers: above `hermitian.SMALL` channels norms are found by Krylov steps, not by eigenvalue solvers --------------
 
 
 def by_full_svd(weight: Tensor, points: int) -> float:
@@ -536,7 +536,7 @@ def test_wide_convolutions(kind: str) -> None:
         weight = torch.einsum("o,i,x,y->oixy", torch.randn(40), torch.randn(48), torch.randn(3), torch.randn(3))
     op = sh.ConvOperator(weight, padding=1)
     for rtol in (1e-2, 1e-3):
-        assert by_full_svd(weight, 48) <= float(sh.spectral_norm(op, rtol=rtol)) <= by_full_svd(weight, 128) * (1 + rtol + 2e-3)
+        assert by_full_svd(weight, 48) <= float(sh.spectral_norm(op, rtol=rtol)) <= by_full_svd(weight, 64) * (1 + rtol + 4e-3)
     for size in (5, 16, 40):
         norm = float(sh.spectral_norm(op.circular(size)))
         assert norm == pytest.approx(by_full_svd(weight, size), rel=3e-6)
@@ -552,23 +552,6 @@ def test_wide_matrices(shape: tuple[int, int]) -> None:
     clipped = sh.projections.clip(sh.DenseOperator(weight), exact / 2)
     values = torch.linalg.svdvals(weight).clamp(max=exact / 2)
     torch.testing.assert_close(torch.linalg.svdvals(clipped), values, rtol=1e-9, atol=0)
-
-
-def test_the_proofs_by_cholesky_agree_with_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of judging a cell lead to the same certified norm."""
-    torch.manual_seed(0)
-    kernels = [
-        torch.randn(4, 6, 3, 2),
-        torch.randn(5, 5, 4),
-        torch.randn(3, 3, 2, 3, 2),
-        torch.zeros(3, 3, 3, 3),
-        torch.eye(4)[..., None],
-    ]
-    ops = [sh.ConvOperator(k.double()) for k in kernels] + [sh.ConvOperator(torch.randn(6, 2, 3, 3).double(), groups=3)]
-    by_eigenvalues = [float(sh.spectral_norm(op)) for op in ops]
-    monkeypatch.setattr("spectral_hooks.lattice._SMALL", 1)
-    by_proofs = [float(sh.spectral_norm(op)) for op in ops]
-    assert by_proofs == pytest.approx(by_eigenvalues, rel=1e-3)
 
 
 def test_gradients_where_the_kernel_is_zero() -> None:

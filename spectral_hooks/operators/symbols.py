@@ -96,20 +96,38 @@ class Gram:
         self.odd = (coefficients - coefficients.mT).movedim(1, 0).flatten(2).contiguous()
         self.size = kernel.shape[1]
         self.groups = kernel.shape[0]
+        # |G| is at most the product of the absolute kernels; sums over columns, samples and lags round
+        reach = kernel.abs().flatten(3).sum(-1).flatten(1) if taps else kernel.abs().flatten(1)
+        longest = kernel.shape[2] + len(theta) + len(lags) + 16
+        self.error = longest * torch.finfo(kernel.dtype).eps * float(reach.square().sum(1).amax())
 
     def single(self) -> Gram:
-        """The same polynomial with coefficients in float32, at half the cost."""
+        """The same polynomial with coefficients in float32, at half the cost; values are off by at most `error` in norm."""
         other = copy.copy(self)
-        other.lags, other.even, other.odd = self.lags.float(), self.even.float(), self.odd.float()
+        other.even, other.odd = self.even.float(), self.odd.float()
+        # of each entry: two roundings of every term, and one of every partial sum
+        terms = self.even.abs().sum(1) + self.odd.abs().sum(1)
+        longest = float(torch.linalg.vector_norm(terms, dim=1).amax())
+        other.error = self.error + (len(self.lags) + 4) * torch.finfo(torch.float32).eps * longest
         return other
 
     def __call__(self, group: Tensor, theta: Tensor) -> Tensor:
         """`G(θ)` of `group[i]` at `theta[i]`, `(n, size, size)`, complex Hermitian."""
         angles = theta.to(self.lags) @ self.lags.T
-        cos, sin = angles.cos(), -angles.sin()
+        cos, sin = angles.cos().to(self.even), -angles.sin().to(self.even)
         if self.groups == 1:
             real, imag = cos @ self.even[0], sin @ self.odd[0]
         else:
             real = torch.bmm(cos.unsqueeze(1), self.even[group]).squeeze(1)
             imag = torch.bmm(sin.unsqueeze(1), self.odd[group]).squeeze(1)
         return torch.complex(real, imag).unflatten(1, (self.size, self.size))
+
+    def along(self, group: Tensor, theta: Tensor, vector: Tensor) -> Tensor:
+        """The polynomial `vᵢ* G(θ) vᵢ` of `group[i]`, for unit vectors, at frequencies `(n, points, d)`: `(n, points)`."""
+        outer = (vector.conj().unsqueeze(2) * vector.unsqueeze(1)).flatten(1).unsqueeze(2)
+        held = (0 if self.groups == 1 else group,)
+        even = (self.even[held] @ outer.real.to(self.even)).squeeze(2)  # (n, lags)
+        odd = (self.odd[held] @ outer.imag.to(self.odd)).squeeze(2)
+        angles = theta.to(self.lags) @ self.lags.T
+        cos, sin = angles.cos().to(self.even), angles.sin().to(self.even)
+        return (cos @ even.unsqueeze(2) + sin @ odd.unsqueeze(2)).squeeze(2)
