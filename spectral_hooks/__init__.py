@@ -2,12 +2,14 @@
 
 from . import bounds as bounds
 from . import estimates as estimates
+from . import parametrizations as parametrizations
 from . import projections as projections
 from .hooks import SpectralClip as SpectralClip
 from .operators import ConvOperator as ConvOperator
 from .operators import DenseOperator as DenseOperator
 from .operators import LinearOperator as LinearOperator
 from .operators import as_operator as as_operator
+from .parametrizations import remove_spectral as remove_spectral
 from .spectrum import asymptotic_singular_values as asymptotic_singular_values
 from .spectrum import singular_values as singular_values
 from .spectrum import spectral_norm as spectral_norm

@@ -28,6 +28,13 @@ def top(matrices: Tensor, vectors: Tensor | None = None, *, steps: int) -> tuple
     return lanczos(matrices, vectors, steps)
 
 
+def norms(matrices: Tensor, *, steps: int) -> Tensor:
+    """Estimates from below of the largest eigenvalues, exact for small matrices."""
+    if matrices.shape[-1] <= 2 * SMALL:  # without vectors a solver is faster
+        return torch.linalg.eigvalsh(matrices)[..., -1]
+    return top(matrices, steps=steps)[0]
+
+
 def lanczos(matrices: Tensor, vectors: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Lanczos from a vector for every matrix: the largest Ritz values, from below, and their unit vectors."""
     shape = (*matrices.shape[:-1], steps + 1)

@@ -17,25 +17,27 @@ factor of `(U cos a)² I - F F*`, in float32 where the bound of its rounding lea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import acos, ceil, cos, floor, inf, log2, pi, sqrt
+from math import acos, ceil, cos, floor, inf, log2, pi, prod, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .hermitian import below_, exact_top, top
+from .hermitian import below_, exact_top, norms, top
 from .operators.symbols import Gram, half_plane, product, trim
 
 #: Bytes of Gram matrices held at once: few enough for caches, and for allocators to use the same memory again.
 _CHUNK_BYTES = 1 << 24
 #: Evaluations, times the matrix size, spent on proving a norm below a target that is closer than `rtol`.
 _CLOSE_CALL_BUDGET = 1 << 15
-#: The angle of the cells whose centres are the sample.
-_SAMPLED = 0.6
+#: The angle of the cells whose centres are the sample, and of those that judge what has room to spare.
+_SAMPLED, _JUDGED = 0.6, 0.7
 #: Frequencies from which to climb, and steps.
 _CLIMBERS, _CLIMB_STEPS = 3, 6
 #: Krylov steps for the norm of a frequency.
 _KRYLOV_STEPS = 16
+#: Up to this `rtol` it pays to climb from the sample; else its largest value is as good.
+_WITHIN_SAMPLE = 4e-3
 #: Surviving cells per level at whose centres the norm is found.
 _LEADERS = 8
 #: The largest angle of a first cell.
@@ -105,7 +107,7 @@ class Peak(NamedTuple):
         return Peak(sqrt(largest), int(cells.group[index]), cells.centre[index])
 
 
-def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None) -> LatticeNorm:
+def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None, limit: float = inf) -> LatticeNorm:
     """Bracket the supremum of the symbol's norm: `upper ≤ value (1 + rtol)`.
 
     Args:
@@ -113,6 +115,7 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
         rtol: relative width of the bracket.
         target: only find out on which side of it the supremum lies: `upper` is `target` if it is proven not to lie above, and
             infinite if it does or, within limits, no proof was found.
+        limit: stop as soon as it is seen that `upper` will be larger: it is infinite then.
 
     Raises:
         ValueError: the kernel holds NaN or infinity.
@@ -124,13 +127,36 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     kernel, axes = trim(kernel)
     gram = Gram(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
-    if degree.numel() == 0:
-        found = _largest_of(gram, degree[None])
+    goal = None if target is None else target / scale
+    if goal is not None and goal >= _at_most(kernel):
+        found = LatticeNorm(goal, 0.0, 0, degree)
+    elif degree.numel():
+        found = _search(gram, degree, rtol, goal, limit / scale)
+    elif goal is not None:
+        proven = _below(gram, gram, _at(gram, degree[None], degree), goal**2, _ROUNDING_SHARE * goal**2).all()
+        found = LatticeNorm(goal if proven else inf, 0.0, 0, degree)
     else:
-        found = _search(gram, degree, rtol, None if target is None else target / scale)
+        found = _largest_of(gram, degree[None])
     theta = kernel.new_zeros(taps)
     theta[axes] = found.theta
     return LatticeNorm(found.upper * scale, found.value * scale, found.group, theta)
+
+
+def surely_below(kernel: Tensor, level: float) -> Tensor:
+    """For which groups the supremum is proven not to exceed `level`, by a few large cells: with a third to spare it is.
+
+    Raises:
+        ValueError: the kernel holds NaN or infinity.
+    """
+    kernel, scale = normalized(kernel.detach())
+    proven = (kernel == 0).flatten(1).all(1)
+    kernel, _ = trim(kernel)
+    degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
+    gram = Gram(kernel)
+    cells = _tiling(gram, degree, _JUDGED) if degree.numel() else _at(gram, degree[None], degree)
+    level = (min(level / scale, 2 * _at_most(kernel)) * cos(_angle(degree, cells.radius))) ** 2
+    quick = gram if gram.is_real else gram.single()
+    return proven | _below(quick, gram, cells, level, _ROUNDING_SHARE**2 * level).unflatten(0, (gram.groups, -1)).all(1)
 
 
 def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = torch.float64) -> LatticeNorm:
@@ -170,22 +196,34 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
     return kernel / scale, scale
 
 
-def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
+def _at_most(kernel: Tensor) -> float:
+    """A bound of the norm that costs nothing: rank one at every tap, all in phase."""
+    return 1.001 * float(torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()) * sqrt(prod(kernel.shape[3:]))
+
+
+def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None, limit: float) -> LatticeNorm:
     """Branch and bound."""
     quick = gram.single() if rtol > 1e-4 else gram
     sample = _tiling(gram, degree, _SAMPLED)
-    squared = torch.cat([top(quick(p.group, p.centre), steps=_KRYLOV_STEPS)[0] for p in _chunks(quick, sample)])
-    best = _climb(quick, degree, sample.at(squared.topk(min(_CLIMBERS, len(squared))).indices), Peak(0.0, 0, sample.centre[0]))
+    squared = torch.cat([norms(quick(p.group, p.centre), steps=_KRYLOV_STEPS) for p in _chunks(quick, sample)])
+    best = Peak(0.0, 0, sample.centre[0]).or_at(squared, sample)
 
     def bound() -> float:
         return best.value * (1 + rtol) if goal is None else goal
 
+    def hopeless() -> bool:
+        return best.value > goal if goal is not None else bound() > limit
+
+    if hopeless():
+        return LatticeNorm(inf, *best)
+    if rtol < _WITHIN_SAMPLE:
+        best = _climb(quick, degree, sample.at(squared.topk(min(_CLIMBERS, len(squared))).indices), best, least=0.0)
     finest = acos(1 / (1 + rtol))
     ratios = (squared.sqrt() / bound()).tolist()
     cells = _tiling(gram, degree, _first_angle(ratios, finest, degree.numel()))
     evaluations = 0
     for _ in range(_MOST_LEVELS):
-        if goal is not None and best.value > goal:
+        if hopeless():
             return LatticeNorm(inf, *best)
         evaluations += len(cells.group)
         if goal is not None and goal < best.value * (1 + rtol) and evaluations * gram.size > _CLOSE_CALL_BUDGET:
@@ -234,15 +272,15 @@ def _first_angle(ratios: list[float], finest: float, dims: int) -> float:
     return min(angles, key=expected)
 
 
-def _climb(gram: Gram, degree: Tensor, cells: Cells, best: Peak) -> Peak:
-    """`best`, or the largest norm found by going up from the best of these cells' centres.
+def _climb(gram: Gram, degree: Tensor, cells: Cells, best: Peak, least: float | None = None) -> Peak:
+    """`best`, or the largest norm found by going up from the best of these cells' centres, if that is above `least`.
 
     With the top vector `v` here, `v* G(θ) v` is a polynomial, cheap everywhere and nowhere above the squared norm: where it is
     largest nearby, the norm is larger than here.
     """
     squared, vector = top(gram(cells.group, cells.centre), steps=_KRYLOV_STEPS)
     highest = squared.topk(min(_CLIMBERS, len(squared))).indices
-    if not bool(squared.amax() > best.value**2):
+    if not bool(squared.amax() > (best.value if least is None else least) ** 2):
         return best
     cells, vector = cells.at(highest), vector[highest]
     best = best.or_at(squared[highest], cells)
@@ -332,7 +370,7 @@ def _at(gram: Gram, centre: Tensor, radius: Tensor) -> Cells:
 def _angle(degree: Tensor, radius: Tensor) -> float:
     """The largest distance of a cell's points from its centre."""
     reach = (degree * radius / 2).tolist()
-    return max(reach[:2]) + sum(reach[2:])
+    return max(reach[:2], default=0.0) + sum(reach[2:])
 
 
 def _chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:

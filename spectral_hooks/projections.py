@@ -1,4 +1,4 @@
-"""Operator → weight of the same shape whose norm obeys a bound.
+"""Operator → weight of the same shape, whose norm obeys a bound or comes nearer to one.
 
 A convolution's kernel must lie in two sets at once: the ball `‖F(θ)‖ ≤ c` at every frequency, and the kernels of `k` taps.
 `clip` nears the closest such kernel and ends with a scaling by the certified norm, so that the promise holds whatever the
@@ -8,29 +8,23 @@ rounds have reached.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite, prod
+from math import inf, isfinite, prod
 
 import torch
 from torch import Tensor
 
+from .intersection import clip_kernel, crop_kernel, grid_symbols
 from .lattice import grid_norm, lattice_norm, normalized
 from .operators.base import LinearOperator, full_precision
-from .operators.symbols import half_plane, product, symbol
-from .spectrum import spectral_norm
+from .spectrum import check_finite, spectral_norm
 
 #: A projection: operator, largest norm → weight.
 Projection = Callable[[LinearOperator, float], Tensor]
 
-#: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`: for up to 32 channels, and for more.
-_OVERSAMPLING = (6, 4)
-#: How far to go along a correction.
-_STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
 #: A norm this little above the bound is rounding, and counts as inside.
 _TOLERANCE = 1e-6
 #: What a matrix-free norm may lack.
 _MATRIX_FREE_ERROR = 1e-5
-#: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 27
 
 
 @full_precision
@@ -74,8 +68,10 @@ def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
     if _norm_above(op, max_norm) <= max_norm * (1 + _TOLERANCE):
         return _unchanged(op)
     kernel, scale = normalized(op.canonical())
-    clipped, peak = _clip_kernel(op, kernel, max_norm / scale, rounds)
-    clipped = _settle(op, op.from_canonical(clipped) * scale, max_norm)
+    clipped, peak = clip_kernel(op, kernel, max_norm / scale, rounds)
+    clipped, _ = settle(op, op.from_canonical(clipped) * scale, max_norm)
+    if prod(kernel.shape[3:]) == 1 and op.lattice_factor == 1:
+        return clipped  # exactly the nearest
     # scaling moves by at least ‖W‖ (1 - c / peak), where the norm is no smaller than the grid's peak: on the lattice
     if not op.is_finite and _distance(clipped, op) <= _distance(0, op) * (1 - max_norm / max(peak * scale, max_norm)):
         return clipped
@@ -107,7 +103,216 @@ def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
     check_max_norm(max_norm)
     if _norm_above(op, max_norm) <= max_norm * (1 + _TOLERANCE):
         return _unchanged(op)
-    return _settle(op, op.weight.detach().to(torch.promote_types(op.weight.dtype, torch.float32)), max_norm)
+    return settle(op, op.weight.detach().to(torch.promote_types(op.weight.dtype, torch.float32)), max_norm)[0]
+
+
+@full_precision
+@torch.no_grad()
+def band(op: LinearOperator, max_norm: float = 1.0, *, min_norm: float = 0.0) -> Tensor:
+    """Keep the singular values in a band: `U clamp(Σ, low, high) Vᵀ`, the nearest such matrix (Frobenius).
+
+    For convolutions of several taps at each frequency of the clip's grid, cropped to the taps, and scaled by the certified norm:
+    the upper end is guaranteed as by `clip`, the lower end is approached and not guaranteed: no kernel of few taps may have it.
+
+    Args:
+        op: any operator.
+        max_norm: the upper end `high > 0`.
+        min_norm: the lower end `0 ≤ low ≤ high`. Zero singular values have directions that are no better than others: of those
+            one set is taken.
+
+    Raises:
+        ValueError: an end out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.band(sh.DenseOperator(torch.diag(torch.tensor([3.0, 0.8, 0.1]))), 1.0, min_norm=0.5)
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.0000, 0.8000, 0.0000],
+                [0.0000, 0.0000, 0.5000]])
+    """
+    check_max_norm(max_norm)
+    if isinstance(min_norm, bool) or not isinstance(min_norm, (int, float)) or not 0 <= min_norm <= max_norm:
+        raise ValueError(f"`min_norm` must lie in [0, {max_norm}], the upper end; got {min_norm!r}.")
+    return settle(op, _mapped(op, lambda s: s.clamp(min_norm, max_norm)), max_norm)[0]
+
+
+@full_precision
+@torch.no_grad()
+def polar(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
+    """The nearest weight all of whose singular values are `max_norm`: `c U Vᵀ`, the polar factor.
+
+    Exact for matrices. Convolutions as by `band`: the bound holds, the singular values are `max_norm` only approximately (a
+    kernel of few taps is orthogonal only in special cases: see `parametrizations.orthogonal`).
+
+    Args:
+        op: any operator.
+        max_norm: the bound `c > 0`.
+
+    Raises:
+        ValueError: `max_norm` out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.polar(sh.DenseOperator(torch.tensor([[3.0, 4.0]])))
+        tensor([[0.6000, 0.8000]])
+
+    Source: Fan and Hoffman (1955); Higham (1986).
+    """
+    return band(op, max_norm, min_norm=max_norm)
+
+
+@full_precision
+@torch.no_grad()
+def soft_cap(op: LinearOperator, max_norm: float = 1.0, *, strength: float = 0.1) -> Tensor:
+    """Press large singular values down by odd polynomials, `p₂ ∘ p₁`, with `p₁(x) = x - αx³`, `p₂(x) = x + αx³` in units of `c`.
+
+    Small values stay as they are up to `3 α² x⁵`; those near and above the bound shrink. **Does not guarantee the bound**: called
+    at every step it balances growth, as a weight decay for large singular values only. Values above `1 / √(3α)` bounds, where
+    `p₁` turns, are out of its reach: use `clip` first.
+
+    Args:
+        op: any operator; convolutions act on the clip's grid and crop.
+        max_norm: the unit `c > 0`.
+        strength: `α ≥ 0`.
+
+    Raises:
+        ValueError: an argument out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.soft_cap(sh.DenseOperator(torch.diag(torch.tensor([1.0, 0.1]))))
+        tensor([[0.9729, 0.0000],
+                [0.0000, 0.1000]])
+
+    Source: Newhouse et al. (2025).
+    """
+    check_max_norm(max_norm)
+    _check_share("strength", strength)
+
+    def capped(s: Tensor) -> Tensor:
+        x = s / max_norm
+        x = x - strength * x**3
+        return max_norm * (x + strength * x**3)
+
+    return _mapped(op, capped).to(op.weight)
+
+
+@full_precision
+@torch.no_grad()
+def hammer(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
+    """Set the largest singular value to `max_norm` if it is larger: `W + (c - σ₁) u₁ v₁ᵀ`.
+
+    **Does not guarantee the bound**: the second largest is left as it is. Convolutions act on the clip's grid and crop.
+
+    Args:
+        op: any operator.
+        max_norm: `c > 0`.
+
+    Raises:
+        ValueError: `max_norm` out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.hammer(sh.DenseOperator(torch.diag(torch.tensor([3.0, 2.0]))))
+        tensor([[1., 0.],
+                [0., 2.]])
+
+    Source: Newhouse et al. (2025).
+    """
+    check_max_norm(max_norm)
+
+    def struck(s: Tensor) -> Tensor:
+        return torch.cat([s[..., :1].clamp(max=max_norm), s[..., 1:]], dim=-1)
+
+    return _mapped(op, struck).to(op.weight)
+
+
+@full_precision
+@torch.no_grad()
+def clipped_decay(op: LinearOperator, max_norm: float = 1.0, *, decay: float = 0.1, rounds: int = 3) -> Tensor:
+    """Part of the way to the clip: `(1 - λ) W + λ clip(W)`.
+
+    **Does not guarantee the bound**, but comes nearer by the factor `1 - λ` at every call.
+
+    Args:
+        op: any operator.
+        max_norm: the bound `c > 0`.
+        decay: `λ` in [0, 1].
+        rounds: as for `clip`.
+
+    Raises:
+        ValueError: an argument out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.clipped_decay(sh.DenseOperator(torch.tensor([[3.0]])), decay=0.5)
+        tensor([[2.0000]])
+
+    Source: Newhouse et al. (2025).
+    """
+    _check_share("decay", decay)
+    clipped = clip(op, max_norm, rounds=rounds)
+    return clipped if clipped is op.weight else torch.lerp(op.weight.detach(), clipped, decay)
+
+
+@full_precision
+@torch.no_grad()
+def parseval(op: LinearOperator, max_norm: float = 1.0, *, strength: float = 0.01) -> Tensor:
+    """One step towards orthogonality: `W ← (1 + β) W - β W Wᵀ W / c²`, so `σ ← σ + β σ (1 - σ² / c²)`.
+
+    Draws all singular values below `c √(1 + 2 / β)` towards `c`. **Does not guarantee the bound.** Convolutions act on the clip's
+    grid and crop.
+
+    Args:
+        op: any operator.
+        max_norm: `c > 0`.
+        strength: `β` in [0, 1].
+
+    Raises:
+        ValueError: an argument out of range, NaN or infinity in the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> sh.projections.parseval(sh.DenseOperator(torch.tensor([[0.5]])), strength=0.5)
+        tensor([[0.6875]])
+
+    Source: Cissé et al. (2017).
+    """
+    check_max_norm(max_norm)
+    _check_share("strength", strength)
+    return _mapped(op, lambda s: s + strength * s * (1 - (s / max_norm) ** 2)).to(op.weight)
+
+
+#: Those whose result is certified to obey the bound.
+GUARANTEED = (clip, rescale, band, polar)
+_OTHERS = (soft_cap, hammer, clipped_decay, parseval)
+
+
+def named(projection: str | Projection) -> Projection:
+    """The projection of this name, or the given function."""
+    if callable(projection):
+        return projection
+    names = {function.__name__: function for function in (*GUARANTEED, *_OTHERS)}
+    if projection not in names:
+        raise ValueError(
+            f"`projection` must be a function (operator, max_norm) -> weight or one of {', '.join(names)}; got {projection!r}."
+        )
+    return names[projection]
+
+
+def _mapped(op: LinearOperator, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of the singular values, in float64: of a matrix exactly, of a convolution on the clip's grid, cropped."""
+    check_finite(op.weight)
+    kernel, scale = normalized(op.canonical())
+    blocks = grid_symbols(op, kernel)
+    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+    change = (u * (function(s * scale) / scale - s).unsqueeze(-2)) @ vh
+    return op.from_canonical(kernel + crop_kernel(op, kernel, change)) * scale
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1]; got {value!r}.")
 
 
 def _unchanged(op: LinearOperator) -> Tensor:
@@ -126,18 +331,19 @@ def check_max_norm(max_norm: float) -> None:
         raise ValueError(f"`max_norm` must be a positive, finite number; got {max_norm!r}.")
 
 
-def _norm_above(op: LinearOperator, target: float | None = None) -> float:
+def _norm_above(op: LinearOperator, target: float | None = None, rtol: float | None = None) -> float:
     """A number not below the norm; with a `target`, only so close as is needed to tell on which side of it the norm lies."""
     grid, kernel = op.frequency_grid, op.canonical()
+    rtol = rtol or _rtol(kernel)
     if grid is not None and grid != ():
         return grid_norm(kernel, tuple(size for size, _ in grid)).upper
     if not op.is_finite or grid == ():
         factor = op.lattice_factor
         goal = None if target is None else target * (1 + _TOLERANCE) / factor
-        return factor * lattice_norm(kernel, _rtol(kernel), goal).upper
+        return factor * lattice_norm(kernel, rtol, goal).upper
     if target is not None:
         factor = op.lattice_factor
-        everywhere = factor * lattice_norm(kernel, _rtol(kernel), target / factor).upper
+        everywhere = factor * lattice_norm(kernel, rtol, target / factor).upper
         if everywhere <= target:
             return everywhere
     return float(spectral_norm(op)) * (1 + _MATRIX_FREE_ERROR)
@@ -153,118 +359,25 @@ def _rtol(kernel: Tensor) -> float:
     return 1e-3 if size <= 8 else min(2e-3 * max(size / 64, 1.0), 1e-2)
 
 
-def _settle(op: LinearOperator, weight: Tensor, max_norm: float) -> Tensor:
-    """The weight in the dtype of the operator's, scaled down until the stored values obey the bound."""
+def settle(op: LinearOperator, weight: Tensor, max_norm: float, rtol: float | None = None) -> tuple[Tensor, float]:
+    """The weight in the dtype of the operator's, scaled down until the stored values obey the bound, and what bounds their norm.
+
+    By certificates of width `rtol`, chosen by the number of channels if None.
+    """
     eps = torch.finfo(op.weight.dtype).eps
     fine = eps < _TOLERANCE
     measured = op.is_finite and op.frequency_grid is None
+    if fine and prod(op.canonical().shape[3:]) == 1 and not measured:
+        # a clipped matrix has many equal singular values, which a proof minds less than a measurement
+        stored = (weight * (1 - 4 * eps)).to(op.weight)
+        if lattice_norm(op.with_weight(stored).canonical(), target=max_norm / op.lattice_factor).upper < inf:
+            return stored, max_norm
     for attempt in range(1, 100):
         stored = weight.to(op.weight)
-        norm = _norm_above(op.with_weight(stored))
+        norm = _norm_above(op.with_weight(stored), rtol=rtol)
         if norm <= max_norm:
-            return stored
+            return stored, norm
         weight = weight * (max_norm / norm * (1 - attempt * (max(4 * eps, 1e-12) if fine else eps / 4)))
         if fine and not measured:  # neither rounding nor a new certificate can bring the norm back above the bound
-            return weight.to(op.weight)
+            return weight.to(op.weight), max_norm
     raise RuntimeError(f"no {op.weight.dtype} weight near this one has norm at most {max_norm}.")
-
-
-def _clip_kernel(op: LinearOperator, kernel: Tensor, max_norm: float, rounds: int) -> tuple[Tensor, float]:
-    """The kernel after `rounds` on the dual problem, nearly inside, and the largest norm of the original on the grid.
-
-    With `E` the symbol on the grid, over the root of the number of frequencies, and `E*` its adjoint, which crops to the taps,
-    the dual of the projection is to minimize `½ ‖K₀ - E* Y‖² + c ‖Y‖_nuclear` over blocks `Y`, one for each frequency, with
-    `K = K₀ - E* Y`. A round is a proximal step, which takes the excess of `Y + τ E K` over `τ c`, and a line search.
-    """
-    if prod(kernel.shape[3:]) == 1:
-        excess, _, peak = _excess(kernel.reshape(kernel.shape[:3]), max_norm / op.lattice_factor)
-        return kernel - excess.reshape(kernel.shape), peak
-    sizes, level = _clip_grid(op, kernel, max_norm)
-    theta, counts = half_plane(sizes, kernel)
-    counts = counts / prod(sizes)
-    angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
-    cos, sin = angles.cos() * counts, angles.sin() * counts
-    support = (op.with_weight(torch.ones_like(op.weight)).canonical() != 0).to(kernel.device)
-
-    def crop(symbols: Tensor) -> Tensor:
-        flat = symbols.flatten(1)
-        return (cos @ flat.real - sin @ flat.imag).T.reshape(kernel.shape) * support
-
-    def step_length(change: Tensor, cropped: Tensor) -> float:
-        """Barzilai & Borwein's: large where the change lies at few frequencies, since a crop spreads those over all."""
-        return float(counts @ torch.view_as_real(change).square().flatten(1).sum(1)) / float(cropped.square().sum())
-
-    excess, sums, peak = _excess(symbol(kernel, theta), level)
-    if peak <= level:  # what little the kernel is outside lies between these frequencies
-        return kernel, peak
-    tau = step_length(excess, crop(excess))
-    dual, nuclear = tau * excess, tau * float(counts @ sums)
-    weight = kernel - crop(dual)
-    for _ in range(rounds - 1):
-        excess, sums, _ = _excess(dual + tau * symbol(weight, theta), tau * level)
-        change, growth = excess - dual, float(counts @ sums) - nuclear
-        cropped = crop(change)
-        length = float(cropped.square().sum())
-        if length <= 1e-24 * float(kernel.square().sum()):
-            break
-        # the nuclear norm is convex: along the segment it is at most its chord, and the rest is a parabola
-        share = min(1.0, max(0.0, (float((weight * cropped).sum()) - level * growth) / length))
-        dual, nuclear, weight = dual + share * change, nuclear + share * growth, weight - share * cropped
-        tau = max(1.0, step_length(change, cropped))
-    fine = sizes if op.frequency_grid is not None else tuple(2 * n if n > 1 else 1 for n in sizes)
-    return _extended(kernel, kernel - weight, level, fine), peak
-
-
-def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
-    """`K₀ - t D` for the correction `D` so far and the `t` that ends nearest to `K₀` after the scaling that is still needed.
-
-    A few rounds correct too little, most of all between the frequencies of their grid. Going on in the same direction costs far
-    less than scaling everything.
-    """
-    best, shortest = kernel, float("inf")
-    for t in _STRETCHES:
-        trial = kernel - t * correction
-        trial = trial * min(1.0, level / grid_norm(trial, sizes, screen=torch.float32).value)
-        distance = float(torch.linalg.vector_norm(trial - kernel))
-        if distance >= shortest:
-            break
-        best, shortest = trial, distance
-    return best
-
-
-def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
-    """Frequencies per axis for the clip, and the level to clip at there."""
-    taps = tuple(kernel.shape[3:])
-    oversampling = _OVERSAMPLING[min(kernel.shape[1:3]) > 32]
-    sizes = tuple(max(oversampling * (k - 1), 1) for k in taps)
-    grid = op.frequency_grid
-    if grid is not None:
-        # a circular layer's own frequencies, or, when they are many, fewer; at least as many as there are taps
-        exact = tuple(n * -(-k // n) for (n, _), k in zip(grid, taps, strict=True))
-        return tuple(min(n, 2 * m) if m > 1 else 1 for n, m in zip(exact, sizes, strict=True)), max_norm
-    if not op.is_finite:
-        return sizes, max_norm / op.lattice_factor
-    # a finite operator may have a smaller norm than the lattice's, or with reflection a larger one
-    norm = float(spectral_norm(op.with_weight(op.from_canonical(kernel))))
-    return sizes, max_norm * lattice_norm(kernel).value / norm
-
-
-def _excess(blocks: Tensor, level: float) -> tuple[Tensor, Tensor, float]:
-    """What clipping the singular values at `level` takes away, per frequency the sum of it, and the largest singular value.
-
-    By the Gram matrix on the smaller side: with `B B* = U diag(σ²) U*` the excess is `U diag(max(1 - level / σ, 0)) U* B`.
-    """
-    rows, columns = blocks.shape[-2:]
-    if rows > columns:
-        excess, total, largest = _excess(blocks.mT, level)
-        return excess.mT, total, largest
-    chunk = max(_CHUNK_BYTES // (16 * blocks[0].numel()), 1)
-    parts, sums, largest = [], [], 0.0
-    for part in blocks.split(chunk):
-        squared, u = torch.linalg.eigh(part @ part.mH)
-        sigma = squared.clamp(min=0).sqrt()
-        gain = (1 - level / sigma).clamp(min=0)
-        parts.append((u * gain.unsqueeze(-2)) @ (u.mH @ part))
-        sums.append((sigma - level).clamp(min=0).flatten(1).sum(1))
-        largest = max(largest, float(sigma.amax()))
-    return torch.cat(parts), torch.cat(sums), largest

@@ -110,3 +110,20 @@ def leaves(layer: Any) -> tuple[Tensor, ...]:
     if parametrize.is_parametrized(layer, "weight"):
         return tuple(layer.parametrizations.weight.parameters())
     return (layer.weight if pruning_mask(layer) is None else layer.weight_orig,)
+
+
+@torch.no_grad()
+def clip_gain_(layer: Any, max_norm: float) -> bool:
+    """Bound the gains `|γ| / √(running_var + ε)` of a batch normalization in evaluation; whether any changed.
+
+    Its operator is diagonal, so clipping each gain is the nearest.
+    """
+    limit = max_norm * (layer.running_var + layer.eps).sqrt()
+    if layer.weight is None:
+        return False
+    gamma = full(layer.weight)
+    clipped = torch.minimum(torch.maximum(gamma, -limit), limit)
+    if torch.equal(clipped, gamma):
+        return False
+    _copy(layer.weight, clipped)
+    return True

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import projections
 from ..operators.base import LinearOperator
-from ..selection import Patterns, Selection, Target, listed, select
+from ..projections import Projection
+from ..selection import Patterns, Selection, Split, listed, named_layers, select
 from ..spectrum import check_finite, spectral_norm
-from ..weights import full, pruning_mask, remember, write_
+from ..targets import LoraTarget, Target
+from ..weights import clip_gain_, full, remember
 from .attach import Handle, attach
+from .share import shared
+from .watch import Known, keep_inside, still_inside
+
+_log = logging.getLogger(__name__)
 
 
 class SpectralClip:
@@ -27,6 +35,9 @@ class SpectralClip:
     Guaranteed: after `attach`, and after every `every`-th step, the norm of each selected layer, in the dtype that it is
     stored in, is at most `max_norm` (certified; within 1e-6 counts as equal).
 
+    Most steps cost little: with `V` a weight that was certified, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(W - V)‖`, and a coarse bound of the second
+    term will do until the weight has moved far. The hook keeps such a `V` of every weight (as much memory again as the weights).
+
     Args:
         max_norm: the bound.
         layers: which layers, as glob on qualified names, type, predicate of `(name, layer)` or of the layer, or a list of these;
@@ -34,11 +45,23 @@ class SpectralClip:
         exclude: which of them to leave out.
         every: project after every so many optimizer steps; between, the weights may leave the ball.
         rounds: quality of the projection of convolutions, see `projections.clip`.
+        projection: a function `(operator, max_norm) -> weight`, or the name of one in `projections`. With those that do not
+            guarantee the bound (see `repr`) the hook does not either.
+        slack: how much deeper than `max_norm`, relative to it, convolutions are clipped at most while training, so that they
+            can move for some steps before the next clip; as little as that takes. 0 clips at every step, to what can be
+            certified. Matrices are always clipped exactly.
+        schedule: `step -> max_norm`, to let the bound change; `max_norm` counts where there is none.
+        batch_norm: "clip" to keep the gains `|γ| / √(running_var + ε)` of batch normalization at most `max_norm` too; None
+            leaves them alone.
+        split, lora: as for `selection.select`: fused projections in parts, and how LoRA adapters count.
+        distribute: share the work over the processes of torch.distributed: each weight has an owner that projects it and sends
+            the result. All processes must hold the same weights (DDP, FSDP2).
         record: measure `largest_norm` too, which costs a certified norm of every layer at every projection.
 
     Attributes:
         skipped: for each layer with weights that is not constrained, why.
         step: optimizer steps seen, of all optimizers together.
+        bound: `max_norm` as it is now.
         clipped: how many weights the last projection changed.
         largest_norm: the largest norm of all selected layers before the last projection, to 1 %; None unless `record`.
 
@@ -66,36 +89,72 @@ class SpectralClip:
         exclude: Patterns = None,
         every: int = 1,
         rounds: int = 3,
+        projection: str | Projection = "clip",
+        slack: float = 0.08,
+        schedule: Callable[[int], float] | None = None,
+        batch_norm: str | None = None,
+        split: Split = None,
+        lora: str = "merged",
+        distribute: bool = False,
         record: bool = False,
     ) -> None:
         projections.check_max_norm(max_norm)
         for name, value in (("every", every), ("rounds", rounds)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
+        if isinstance(slack, bool) or not isinstance(slack, (int, float)) or not 0 <= slack <= 0.5:
+            raise ValueError(f"`slack` must lie in [0, 0.5]; got {slack!r}.")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"`schedule` must be a function of the step that returns the bound; got {schedule!r}.")
+        if batch_norm not in (None, "clip"):
+            raise ValueError(f"`batch_norm` must be None or 'clip'; got {batch_norm!r}.")
         self.max_norm = max_norm
         self.layers = None if layers is None else listed(layers)
         self.exclude = None if exclude is None else listed(exclude)
         self.every = every
         self.rounds = rounds
+        self.projection = projections.named(projection)
+        self.slack = slack
+        self.schedule = schedule
+        self.batch_norm = batch_norm
+        self.split = split
+        self.lora = lora
+        self.distribute = distribute
         self.record = record
         self.step = 0
         self.clipped = 0
         self.largest_norm: float | None = None
         self._resumed = False
         self._selection = Selection()
+        self._normalizations: list[nn.Module] = []
+        self._known: dict[str, Known] = {}
         self._handle: Handle | None = None
 
     def __repr__(self) -> str:
         layers, exclude = _shown(self.layers), _shown(self.exclude)
-        return f"SpectralClip({self.max_norm!r}, layers={layers}, exclude={exclude}, every={self.every}, rounds={self.rounds})"
+        text = f"SpectralClip({self.max_norm!r}, layers={layers}, exclude={exclude}, every={self.every}, rounds={self.rounds}"
+        if self.projection is not projections.clip:
+            kept = "guarantees" if self.projection in projections.GUARANTEED else "does not guarantee"
+            text += f", projection={_shown(self.projection)} ({kept} the bound)"
+        others = {"slack": (self.slack, 0.08), "schedule": (self.schedule, None), "batch_norm": (self.batch_norm, None)}
+        text += "".join(f", {name}={_shown(value)}" for name, (value, default) in others.items() if value != default)
+        return text + ")"
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles carry the settings, not the model that the original works on
-        return {**self.__dict__, "_selection": Selection(), "_handle": None}
+        return {**self.__dict__, "_selection": Selection(), "_normalizations": [], "_known": {}, "_handle": None}
 
     @property
     def skipped(self) -> dict[str, str]:
         return self._selection.skipped
+
+    @property
+    def bound(self) -> float:
+        if self.schedule is None:
+            return self.max_norm
+        bound = self.schedule(self.step)
+        projections.check_max_norm(bound)
+        return bound
 
     def attach(self, model: nn.Module, optimizer: Any) -> Handle:
         """Project now, and after every step of the optimizer, or of each of several.
@@ -118,7 +177,10 @@ class SpectralClip:
 
     def start(self, model: nn.Module) -> None:
         """Select the layers and project, unless a resumed run was between two projections."""
-        self._selection = select(model, self.layers, self.exclude)
+        self._selection = select(model, self.layers, self.exclude, split=self.split, lora=self.lora)
+        self._normalizations = self._chosen_normalizations(model)
+        if not self._resumed:
+            self._known = {}
         if not self._resumed or self.step % self.every == 0:
             self.project()
         self._resumed = False
@@ -133,64 +195,115 @@ class SpectralClip:
             self.project()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on like an uninterrupted one."""
-        return {"step": self.step}
+        """What a resumed run needs to go on like an uninterrupted one.
+
+        Without `known`, which holds tensors, it goes on within `slack` of that.
+        """
+        return {"step": self.step, "known": {name: tuple(known) for name, known in self._known.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; call it before the hook is attached."""
         self.step = state["step"]
+        self._known = {name: Known(*known) for name, known in state.get("known", {}).items()}
         self._resumed = True
 
     @torch.no_grad()
     def project(self) -> None:
         """Project every selected weight now. All results are computed before the first weight is written."""
         if self.record:
-            operators = (op.with_weight(full(op.weight)) for target in self._selection.targets for op in target.operators())
+            operators = (op for target in self._selection.targets for op in self._gathered(target))
             self.largest_norm = max(float(spectral_norm(op, rtol=1e-2)) for op in operators)
-        results = [(target, self._projected(target)) for target in self._selection.targets]
-        changed = [(target, weight) for target, weight in results if weight is not None]
+        targets = self._in_doubt(self._selection.targets)
+        results = shared(self._projected, targets, self._gathered) if self.distribute else map(self._projected, targets)
+        changed = [(target, new) for target, new in zip(targets, results, strict=True) if new is not None]
         # only parametrized weights can refuse: they go first, and all go back if one does
-        changed.sort(key=lambda pair: not is_parametrized(pair[0].layers[0], "weight"))
+        changed.sort(key=lambda pair: not pair[0].parametrized())
         undo: list[Callable[[], None]] = []
-        for target, weight in changed:
-            layer = target.layers[0]
+        for target, new in changed:
             try:
-                if is_parametrized(layer, "weight"):
-                    undo.append(remember(layer))
-                write_(layer, weight)
+                undo += [remember(layer) for layer in target.parametrized()]
+                target.write_(new)
             except ValueError as error:
-                for restore_ in undo:
+                for restore_ in reversed(undo):  # parts of one weight share its parametrization
                     restore_()
                 raise ValueError(f"{target.name}: {error}") from error
-        self.clipped = len(changed)
+        self.clipped = len(changed) + sum(clip_gain_(layer, self.bound) for layer in self._normalizations)
 
-    def _projected(self, target: Target) -> Tensor | None:
-        """The weight inside the ball, or None if it is there already."""
-        operators = target.operators()
-        weight = before = full(operators[0].weight)
+    def _gathered(self, target: Target | LoraTarget) -> list[LinearOperator]:
+        """The target's operators, with whole weights: a sharded one is gathered from all processes."""
+        return [op.with_weight(full(op.weight)) for op in target.operators()]
+
+    def _projected(self, target: Target | LoraTarget, operators: list[LinearOperator] | None = None) -> Any:
+        """What to write so that the target is inside the ball, or None if it is there already."""
         try:
-            check_finite(before)
-            for i, op in enumerate(operators):
-                # the first use decides the shape of the result; scaling for another keeps the bound of all before it
-                weight = (self._clip if i == 0 else self._rescale)(op.with_weight(weight))
-            mask = pruning_mask(target.layers[0])
-            if weight is not before and mask is not None:
-                weight = self._rescale(operators[0].with_weight(weight * mask))
+            if isinstance(target, LoraTarget):
+                return target.clipped(self._inside, self.bound)
+            return self._inside(target, operators)
         except ValueError as error:
             raise ValueError(f"{target.name}, after step {self.step}: {error}") from error
+
+    def _inside(self, target: Target, operators: list[LinearOperator] | None = None) -> Tensor | None:
+        """The weight inside the ball, or None if it is there already."""
+        operators, mask = operators or self._gathered(target), target.mask()
+        weight = before = operators[0].weight
+        check_finite(before)
+        if len(operators) == 1 and mask is None and self.projection is projections.clip:
+            weight = self._kept_inside(target.name, operators[0])
+            return None if weight is before else weight
+        for i, op in enumerate(operators):
+            # the first use decides the shape of the result; scaling for another keeps the bound of all before it
+            project = self._project if i == 0 else projections.rescale
+            weight = project(op.with_weight(weight), self.bound)
+        if weight is not before and mask is not None:
+            weight = projections.rescale(operators[0].with_weight(weight * mask), self.bound)
         return None if weight is before else weight
 
-    def _clip(self, op: LinearOperator) -> Tensor:
-        return projections.clip(op, self.max_norm, rounds=self.rounds)
+    def _project(self, op: LinearOperator, max_norm: float) -> Tensor:
+        if self.projection is projections.clip:
+            return projections.clip(op, max_norm, rounds=self.rounds)
+        return self.projection(op, max_norm)
 
-    def _rescale(self, op: LinearOperator) -> Tensor:
-        return projections.rescale(op, self.max_norm)
+    def _kept_inside(self, name: str, op: LinearOperator) -> Tensor:
+        known = self._known.get(name)
+        weight, self._known[name] = keep_inside(op, known, self.bound, rounds=self.rounds, slack=self.slack)
+        return weight
+
+    def _in_doubt(self, targets: list[Target | LoraTarget]) -> list[Target | LoraTarget]:
+        """The targets that what is known does not prove to be inside."""
+        if self.projection is not projections.clip:
+            return targets
+        watched = [(i, target) for i, target in enumerate(targets) if target.name in self._known]
+        operators = [self._gathered(target)[0] for _, target in watched]
+        inside = still_inside(operators, [self._known[target.name] for _, target in watched], self.bound)
+        settled = {i for (i, _), yes in zip(watched, inside, strict=True) if yes}
+        for i in settled:
+            known = self._known[targets[i].name]
+            self._known[targets[i].name] = known._replace(age=known.age + 1)
+        return [target for i, target in enumerate(targets) if i not in settled]
+
+    def _chosen_normalizations(self, model: nn.Module) -> list[nn.Module]:
+        """The batch normalizations to clip; if there are some and none is to be, say so."""
+        apart = ("excluded", "not among `layers`")
+        found = {
+            name: layer
+            for name, layer in named_layers(model)
+            if isinstance(layer, _BatchNorm) and self.skipped.get(name) not in apart and layer.running_var is not None
+        }
+        if self.batch_norm is None:
+            if found:
+                _log.info("%d batch normalizations are left alone; batch_norm='clip' bounds their gains too.", len(found))
+            return []
+        self._selection.skipped = {name: reason for name, reason in self.skipped.items() if name not in found}
+        return list(found.values())
 
 
 def _shown(patterns: Any) -> str:
     """Like `repr` but the same in every process, for checkpoints know a hook by it; that of a function shows an address."""
     if isinstance(patterns, list):
         return f"[{', '.join(map(_shown, patterns))}]"
+    if isinstance(patterns, partial):
+        options = "".join(f", {name}={value!r}" for name, value in patterns.keywords.items())
+        return f"partial({_shown(patterns.func)}{options})"
     if callable(patterns) and hasattr(patterns, "__qualname__"):
         return f"{patterns.__module__}.{patterns.__qualname__}"
     return repr(patterns)

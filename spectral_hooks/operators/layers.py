@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
@@ -30,7 +31,8 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
     """The linear map that a layer computes, without its bias.
 
     `nn.Linear` and transformers' `Conv1D` become a `DenseOperator`; `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d`
-    a `ConvOperator`. A parametrized layer is measured by the weight that it computes now.
+    a `ConvOperator`. A parametrized layer is measured by the weight that it computes now, a linear layer with LoRA adapters of
+    PEFT by the merged one, base + Σ scaling · B A over the active adapters.
 
     To teach it a layer of your own: `as_operator.register(MyLayer, lambda layer, input_size=None: ...)`.
 
@@ -56,9 +58,43 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
     for cls in type(layer).__mro__:
         if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
             return DenseOperator(_weight(layer, cls), transposed=True)
+    if is_adapter(layer):
+        return _lora(layer)
     if isinstance(layer, Tensor):
         raise TypeError("`layer` is a tensor: say which map it is, with DenseOperator(weight) or ConvOperator(weight, ...).")
     raise TypeError(f"`layer` of type {type(layer).__name__} has no operator; register one with as_operator.register.")
+
+
+def is_adapter(layer: Any) -> bool:
+    """Whether PEFT has laid an adapter around this layer."""
+    return any(cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.") for cls in type(layer).__mro__)
+
+
+def lora_factors(layer: Any) -> list[tuple[Any, Any, float]]:
+    """The layers `A` and `B` and the scaling of each LoRA adapter that acts now."""
+    if layer.merged or layer.disable_adapters:
+        return []
+    return [
+        (layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in layer.active_adapters if name in layer.lora_A
+    ]
+
+
+def _lora(layer: Any) -> LinearOperator:
+    """The merged weight, as (out, in), of plain LoRA on a linear layer."""
+    base = as_operator(layer.base_layer)
+    variants = getattr(layer, "lora_variant", {})
+    plain = type(layer).__module__.startswith("peft.tuners.lora.") and not any(name in variants for name in layer.active_adapters)
+    if not plain or not isinstance(base, DenseOperator):
+        raise NotImplementedError(
+            f"{type(layer).__name__} of {type(layer).__module__} on a {type(layer.base_layer).__name__} is no plain LoRA on a "
+            "linear layer, so what it adds to the weight is not known here. Merge it first (merge_and_unload), or exclude it."
+        )
+    weight = base.to_dense()
+    for right, left, scaling in lora_factors(layer):
+        a, b = as_operator(right).weight, as_operator(left).weight
+        dtype = torch.promote_types(torch.promote_types(a.dtype, weight.dtype), torch.float32)
+        weight = weight.to(dtype) + scaling * (b.to(dtype) @ a.to(dtype))
+    return DenseOperator(weight)
 
 
 @as_operator.register

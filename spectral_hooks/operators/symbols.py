@@ -80,14 +80,18 @@ class Gram:
         # a Gram polynomial of degree k - 1 is known from 2k - 1 samples per axis
         sizes = tuple(2 * k - 1 for k in taps)
         theta, counts = half_plane(sizes, kernel)
-        samples = symbol(kernel, theta)
+        #: Whether it is real everywhere: that of a matrix, which has no frequencies.
+        self.is_real = not taps
+        samples = symbol(kernel, theta) if taps else kernel.unsqueeze(0)
         samples = samples @ samples.mH
         lags = product([torch.arange(-(k - 1), k) for k in taps], kernel)
         lags = lags[len(lags) // 2 :]  # the zero lag stands in the middle
         angles = lags @ theta.T
         weights = counts / prod(sizes)
         flat = samples.flatten(1)
-        coefficients = (angles.cos() * weights) @ flat.real - (angles.sin() * weights) @ flat.imag
+        coefficients = (angles.cos() * weights) @ flat.real
+        if taps:
+            coefficients -= (angles.sin() * weights) @ flat.imag
         coefficients = coefficients.unflatten(1, samples.shape[1:])  # (lags, groups, n, n)
         even = coefficients + coefficients.mT
         even[0] /= 2
@@ -112,7 +116,9 @@ class Gram:
         return other
 
     def __call__(self, group: Tensor, theta: Tensor) -> Tensor:
-        """`G(θ)` of `group[i]` at `theta[i]`, `(n, size, size)`, complex Hermitian."""
+        """`G(θ)` of `group[i]` at `theta[i]`, `(n, size, size)`, complex Hermitian; real symmetric for a matrix."""
+        if self.is_real:
+            return self.even[group].unflatten(2, (self.size, self.size)).squeeze(1)
         angles = theta.to(self.lags) @ self.lags.T
         cos, sin = angles.cos().to(self.even), -angles.sin().to(self.even)
         if self.groups == 1:

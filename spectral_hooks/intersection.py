@@ -1,0 +1,157 @@
+"""Kernels in two sets at once: the ball `‖F(θ)‖ ≤ c` at the frequencies of a grid, and the kernels of `k` taps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .lattice import grid_norm, lattice_norm
+from .operators.base import LinearOperator
+from .operators.symbols import half_plane, product, symbol
+from .spectrum import spectral_norm
+
+#: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`: for up to 32 channels, and for more.
+_OVERSAMPLING = (6, 4)
+#: How far to go along a correction.
+_STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
+#: Bytes of symbols held at once.
+_CHUNK_BYTES = 1 << 27
+
+
+def clip_kernel(
+    op: LinearOperator, kernel: Tensor, max_norm: float, rounds: int, *, stretch: bool = True
+) -> tuple[Tensor, float]:
+    """The kernel after `rounds` on the dual problem, nearly inside, and the largest norm of the original on the grid.
+
+    With `E` the symbol on the grid, over the root of the number of frequencies, and `E*` its adjoint, which crops to the taps,
+    the dual of the projection is to minimize `½ ‖K₀ - E* Y‖² + c ‖Y‖_nuclear` over blocks `Y`, one for each frequency, with
+    `K = K₀ - E* Y`. A round is a proximal step, which takes the excess of `Y + τ E K` over `τ c`, and a line search. At the end
+    the correction may `stretch`, which pays where it is large.
+    """
+    if prod(kernel.shape[3:]) == 1:
+        excess, _, peak = excess_over(kernel.reshape(kernel.shape[:3]), max_norm / op.lattice_factor)
+        return kernel - excess.reshape(kernel.shape), peak
+    sizes, level = _clip_grid(op, kernel, max_norm)
+    theta, counts = half_plane(sizes, kernel)
+    counts = counts / prod(sizes)
+    crop = _cropping(op, kernel, theta, counts)
+
+    def step_length(change: Tensor, cropped: Tensor) -> float:
+        """Barzilai & Borwein's: large where the change lies at few frequencies, since a crop spreads those over all."""
+        return float(counts @ torch.view_as_real(change).square().flatten(1).sum(1)) / float(cropped.square().sum())
+
+    excess, sums, peak = excess_over(symbol(kernel, theta), level)
+    if peak <= level:  # what little the kernel is outside lies between these frequencies
+        return kernel, peak
+    tau = step_length(excess, crop(excess))
+    dual, nuclear = tau * excess, tau * float(counts @ sums)
+    weight = kernel - crop(dual)
+    for _ in range(rounds - 1):
+        excess, sums, _ = excess_over(dual + tau * symbol(weight, theta), tau * level)
+        change, growth = excess - dual, float(counts @ sums) - nuclear
+        cropped = crop(change)
+        length = float(cropped.square().sum())
+        if length <= 1e-24 * float(kernel.square().sum()):
+            break
+        # the nuclear norm is convex: along the segment it is at most its chord, and the rest is a parabola
+        share = min(1.0, max(0.0, (float((weight * cropped).sum()) - level * growth) / length))
+        dual, nuclear, weight = dual + share * change, nuclear + share * growth, weight - share * cropped
+        tau = max(1.0, step_length(change, cropped))
+    if not stretch:
+        return weight, peak
+    fine = sizes if op.frequency_grid is not None else tuple(2 * n if n > 1 else 1 for n in sizes)
+    return _extended(kernel, kernel - weight, level, fine), peak
+
+
+def grid_symbols(op: LinearOperator, kernel: Tensor) -> Tensor:
+    """The symbols of the kernel at the frequencies of the clip's grid; of a matrix, itself."""
+    if prod(kernel.shape[3:]) == 1:
+        return kernel.reshape(1, *kernel.shape[:3])
+    return symbol(kernel, half_plane(_clip_sizes(op, kernel), kernel)[0])
+
+
+def crop_kernel(op: LinearOperator, kernel: Tensor, symbols: Tensor) -> Tensor:
+    """The kernel, of the shape and the taps of `kernel`, nearest to what has these symbols on the clip's grid."""
+    if prod(kernel.shape[3:]) == 1:
+        return symbols.reshape(kernel.shape)
+    sizes = _clip_sizes(op, kernel)
+    theta, counts = half_plane(sizes, kernel)
+    return _cropping(op, kernel, theta, counts / prod(sizes))(symbols)
+
+
+def _cropping(op: LinearOperator, kernel: Tensor, theta: Tensor, counts: Tensor) -> Callable[[Tensor], Tensor]:
+    """The adjoint of the symbol on a grid: the mean over all frequencies of `Re(exp(i t·θ) Y(θ))`, at the taps that exist."""
+    angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
+    cos, sin = angles.cos() * counts, angles.sin() * counts
+    support = (op.with_weight(torch.ones_like(op.weight)).canonical() != 0).to(kernel.device)
+
+    def crop(symbols: Tensor) -> Tensor:
+        flat = symbols.flatten(1)
+        return (cos @ flat.real - sin @ flat.imag).T.reshape(kernel.shape) * support
+
+    return crop
+
+
+def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
+    """`K₀ - t D` for the correction `D` so far and the `t` that ends nearest to `K₀` after the scaling that is still needed.
+
+    A few rounds correct too little, most of all between the frequencies of their grid. Going on in the same direction costs far
+    less than scaling everything.
+    """
+    best, shortest = kernel, float("inf")
+    for t in _STRETCHES:
+        trial = kernel - t * correction
+        trial = trial * min(1.0, level / grid_norm(trial, sizes, screen=torch.float32).value)
+        distance = float(torch.linalg.vector_norm(trial - kernel))
+        if distance >= shortest:
+            break
+        best, shortest = trial, distance
+    return best
+
+
+def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
+    """Frequencies per axis for the clip, and the level to clip at there."""
+    sizes = _clip_sizes(op, kernel)
+    if op.frequency_grid is not None:
+        return sizes, max_norm
+    if not op.is_finite:
+        return sizes, max_norm / op.lattice_factor
+    # a finite operator may have a smaller norm than the lattice's, or with reflection a larger one
+    norm = float(spectral_norm(op.with_weight(op.from_canonical(kernel))))
+    return sizes, max_norm * lattice_norm(kernel).value / norm
+
+
+def _clip_sizes(op: LinearOperator, kernel: Tensor) -> tuple[int, ...]:
+    taps = tuple(kernel.shape[3:])
+    oversampling = _OVERSAMPLING[min(kernel.shape[1:3]) > 32]
+    sizes = tuple(max(oversampling * (k - 1), 1) for k in taps)
+    grid = op.frequency_grid
+    if grid is None:
+        return sizes
+    # a circular layer's own frequencies, or, when they are many, fewer; at least as many as there are taps
+    exact = tuple(n * -(-k // n) for (n, _), k in zip(grid, taps, strict=True))
+    return tuple(min(n, 2 * m) if m > 1 else 1 for n, m in zip(exact, sizes, strict=True))
+
+
+def excess_over(blocks: Tensor, level: float) -> tuple[Tensor, Tensor, float]:
+    """What clipping the singular values at `level` takes away, per frequency the sum of it, and the largest singular value.
+
+    By the Gram matrix on the smaller side: with `B B* = U diag(σ²) U*` the excess is `U diag(max(1 - level / σ, 0)) U* B`.
+    """
+    rows, columns = blocks.shape[-2:]
+    if rows > columns:
+        excess, total, largest = excess_over(blocks.mT, level)
+        return excess.mT, total, largest
+    chunk = max(_CHUNK_BYTES // (16 * blocks[0].numel()), 1)
+    parts, sums, largest = [], [], 0.0
+    for part in blocks.split(chunk):
+        squared, u = torch.linalg.eigh(part @ part.mH)
+        sigma = squared.clamp(min=0).sqrt()
+        gain = (1 - level / sigma).clamp(min=0)
+        parts.append((u * gain.unsqueeze(-2)) @ (u.mH @ part))
+        sums.append((sigma - level).clamp(min=0).flatten(1).sum(1))
+        largest = max(largest, float(sigma.amax()))
+    return torch.cat(parts), torch.cat(sums), largest

@@ -1,0 +1,284 @@
+"""Weights scaled into the ball on their way into the forward: `W ↦ W · min(1, c / bound(W))`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import cos, pi, prod, sqrt
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import Bound
+from ..operators import as_operator
+from ..operators.base import LinearOperator
+from ..operators.symbols import product, symbol
+from ..projections import check_max_norm
+from .remove import register
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+#: Frequencies per axis of a grid over the kernel's degree `k - 1`, the finest first; in two dimensions 4 % and 17 % too much.
+_OVERSAMPLING = (8, 4)
+#: The most frequencies times channels over taps. The time of a grid over that of the layer's training step is proportional to
+#: this number over the number of output positions in a batch.
+_BUDGET = 400
+#: Up to this size an eigenvalue solver is as fast as proofs by Cholesky.
+_SMALL = 64
+#: Beyond: what is tried to be proven, relative to an estimate of the squared norm; the tightest last.
+_MARGINS = (0.1, 2e-3, 1e-6)
+#: Krylov steps for that estimate.
+_STEPS = 24
+#: Keeps a zero weight from being divided by its norm.
+_TINY = 1e-300
+
+
+def rescaled(
+    layer: Layer, max_norm: float = 1.0, *, bound: Bound | None = None, input_size: int | Sequence[int] | None = None
+) -> Layer:
+    """Keep a layer's operator norm at most `max_norm`, whatever its parameter becomes.
+
+        weight = W · min(1, c / bound(W)),   bound(W) ≥ ‖A(W)‖₂,
+
+    registered by `torch.nn.utils.parametrize`: `layer.parametrizations.weight.original` is `W`, the same parameter object as
+    before, and gradients flow through the bound as well. Guaranteed (certified) for the lattice operator, so at every input
+    size; for the stored dtype too: in half precision the bound is raised by what rounding may add.
+
+    Args:
+        layer: a linear or convolutional layer, changed in place. One that is rescaled already is given the new bound.
+        max_norm: the bound `c > 0`.
+        bound: a function of an operator that never falls below its norm, as those of `sh.bounds`; default `quick`. The
+            effective norm falls short of `max_norm` by as much as the bound exceeds the norm.
+        input_size: the spatial size at which the bound is to hold, for reflect and replicate padding; others need none.
+
+    Returns:
+        The layer. A plain checkpoint loads into it as before (`weight` becomes `W`), `layer.weight = V` keeps `V` bit for bit
+        if `bound(V) ≤ max_norm` (up to rounding) and else its rescaling, and `sh.remove_spectral` makes the layer plain again.
+
+    Cost: the bound in every training forward; none in evaluation without gradients while `W` stays the same, but for the
+    comparison of `W` with a copy of it.
+
+    Raises:
+        ValueError: `max_norm` is no positive number; the padding needs an `input_size`; the weight is pruned or carries a
+            parametrization from elsewhere.
+        TypeError, NotImplementedError: as `as_operator`.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> layer = sh.parametrizations.rescaled(torch.nn.Conv2d(3, 8, 3, padding=1))
+        >>> with torch.no_grad():
+        ...     _ = layer.parametrizations.weight.original.mul_(100)
+        >>> bool(0.96 < sh.spectral_norm(sh.as_operator(layer)) <= 1)
+        True
+
+    Source: Gouk, Frank, Pfahringer and Cree (2018), who scale after the step and by power iteration.
+    """
+    check_max_norm(max_norm)
+    if bound is not None and not callable(bound):
+        raise TypeError(f"`bound` must be a function of an operator, as those of sh.bounds; got {bound!r}.")
+    op = as_operator(layer)
+    try:
+        op.lattice_factor  # noqa: B018 (asked for its error: what has no bound without an input size)
+    except ValueError:
+        if input_size is None:
+            raise
+        op = as_operator(layer, input_size)
+    return register(layer, Rescaled(op, max_norm, bound or quick))
+
+
+class Rescaled(nn.Module):
+    """The parametrization that `rescaled` registers.
+
+    Args:
+        op: the layer's operator; of its weight only the shape is kept.
+        max_norm, bound: as for `rescaled`.
+    """
+
+    def __init__(self, op: LinearOperator, max_norm: float, bound: Bound) -> None:
+        super().__init__()
+        self.op = op.with_weight(torch.empty_like(op.weight, device="meta", requires_grad=False))
+        self.max_norm = max_norm
+        self.bound = bound
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return f"max_norm={self.max_norm}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.to(wide) * self._scale(weight).to(wide)).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        # the parameter would share the storage of what is assigned
+        return weight.clone()
+
+    def _scale(self, weight: Tensor) -> Tensor:
+        """`min(1, c / bound)`, remembered in evaluation."""
+        tracked = torch.is_grad_enabled() and weight.requires_grad
+        if self.training or tracked or weight.is_meta or torch.compiler.is_compiling():
+            return self._fresh_scale(weight)
+        # By value: neither its address nor its version tells of a tensor changed through `.data`. Read once, for threads.
+        seen = self._seen
+        if seen is None or not _same(seen[0], weight):
+            self._seen = seen = (weight.detach().clone(), self._fresh_scale(weight))
+        return seen[1]
+
+    def _fresh_scale(self, weight: Tensor) -> Tensor:
+        op = self.op.with_weight(weight)
+        return (self.max_norm / (self.bound(op) + _rounding(op)).clamp(min=self.max_norm)).clamp(max=1.0)
+
+
+def _same(seen: Tensor, weight: Tensor) -> bool:
+    return seen.dtype == weight.dtype and seen.device == weight.device and torch.equal(seen, weight)
+
+
+def _rounding(op: LinearOperator) -> Tensor:
+    """What rounding the entries of the scaled weight can add to its norm: `‖E‖₂ ≤ √taps ‖E‖_F`, group by group."""
+    kernel = op.canonical().detach()
+    wide = torch.promote_types(kernel.dtype, torch.float32)
+    unit = torch.finfo(kernel.dtype).eps / 2 + torch.finfo(wide).eps
+    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1, dtype=torch.float64).amax()
+    return largest * (unit * sqrt(prod(kernel.shape[3:])) * op.padding_factor)
+
+
+# -- the default bound ------------------------------------------------------------------------------------------------------
+
+
+def quick(op: LinearOperator) -> Tensor:
+    """The tightest bound for a small share of the layer's own cost, in tensor operations only.
+
+    - A matrix, and a kernel that is one (a single tap after the polyphase form): the norm itself.
+    - Up to 64 channels: the largest norm on a frequency grid times the cosine factor of `bounds.cosine_grid`, with 8 or 4 points
+      over the degree per axis, as the budget allows; at most 4 % or 17 % above the norm in two dimensions.
+    - Beyond: `√taps · ‖M‖₂` with `M` the kernel reshaped to `out × (in · taps)`, or `in × (out · taps)` if that has fewer rows;
+      twice the norm for a random 3×3 kernel, at most `√taps` times.
+
+    Matrices of more than 64 rows are measured by Krylov steps, and proven by Cholesky factors of `(1 + margin) σ² I - M Mᵀ`.
+    All in float64. No value is looked at, so nothing waits for a GPU, and a model with it compiles and exports as one graph.
+
+    Returns:
+        0-d tensor in float64. Upper bound; NaN for a weight that is not finite. Its gradient is that of the norm at the winner.
+
+    Cost: with `n` the smaller number of channels, `O(frequencies · n³)`, in the last case `O(taps · n³)`; the gradient `O(n²)`.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> from spectral_hooks.parametrizations.rescaled import quick
+        >>> op = sh.as_operator(torch.nn.Conv2d(4, 8, 3))
+        >>> norm = sh.spectral_norm(op, rtol=1e-6).detach()
+        >>> bool(norm / 1.000001 <= quick(op) <= 1.04 * norm)
+        True
+    """
+    kernel = op.canonical()
+    kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+    if kernel.shape[1] > kernel.shape[2]:
+        kernel = kernel.transpose(1, 2)
+    sizes, factor = _grid(kernel)
+    if not sizes:
+        kernel = kernel.flatten(2)
+    # of two conjugate frequencies one is enough
+    theta = product(
+        [torch.arange(n if i else n // 2 + 1) * (2 * pi / n) for i, n in enumerate(sizes)], torch.empty(0, dtype=torch.float64)
+    )
+    index, left, right, upper = _largest(kernel.detach(), theta)
+    # at the winner, with the vectors held fixed: the derivative of a maximum
+    group, place = index % len(kernel), torch.div(index, len(kernel), rounding_mode="floor")
+    theta = theta.to(kernel).index_select(0, place) if sizes else theta
+    block = _blocks(kernel.index_select(0, group), theta)[0]
+    norm = (left.to(block.dtype) @ block @ right.to(block.dtype)).real.to(upper.dtype)
+    rounding = 1 + 1e-14 * (kernel[0].numel() + 100)
+    return norm * (upper / norm.detach().clamp(min=_TINY) * (factor * op.padding_factor * rounding))
+
+
+def _grid(kernel: Tensor) -> tuple[list[int], float]:
+    """Frequencies per axis and the factor that makes a bound of their maximum; none where the reshaped kernel has to do."""
+    degrees = [k - 1 for k in kernel.shape[3:]]
+    taps = prod(kernel.shape[3:])
+    for oversampling in _OVERSAMPLING:
+        sizes = [max(oversampling * degree, 1) for degree in degrees]
+        if 1 < prod(sizes) <= 2 * _BUDGET * taps / kernel.shape[1] and kernel.shape[1] <= _SMALL:
+            return sizes, prod([1 / cos(pi * degree / (2 * n)) for degree, n in zip(degrees, sizes, strict=True)])
+    return [], sqrt(taps)
+
+
+def _blocks(kernel: Tensor, theta: Tensor) -> Tensor:
+    """The symbol at these frequencies, `(frequencies · groups, rows, columns)`; matrices as they are."""
+    return symbol(kernel, theta).flatten(0, 1) if theta.shape[1] else kernel
+
+
+# One node in the graph of a compiled or exported model; its results are taken as constants.
+@torch.library.custom_op(
+    "spectral_hooks::largest", mutates_args=(), schema="(Tensor kernel, Tensor theta) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _largest(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which block has the largest norm (an index of shape 1), its singular vectors `u*` and `v`, and a bound of the norm."""
+    device, dtype = kernel.device, _result_dtype(kernel)
+    kernel = kernel.to("cpu" if device.type == "mps" else device, torch.float64)
+    scale = kernel.abs().amax().clamp(min=_TINY)
+    # solvers raise on NaN; the scale carries it to the result
+    blocks = _blocks(torch.nan_to_num(kernel / scale), theta.to(kernel))
+    grams = blocks @ blocks.mH
+    size = grams.shape[-1]
+    if size > _SMALL:
+        values, vectors = _krylov(grams)
+        squared = _proven(grams, values.amax())
+        index = values.argmax(0, keepdim=True)
+        left = vectors.index_select(0, index)[0]
+    else:
+        values = torch.linalg.eigvalsh(grams)[:, -1] if size > 1 else grams[:, 0, 0].real
+        squared = values.amax().clamp(min=0)
+        index = values.argmax(0, keepdim=True)
+        left = torch.linalg.eigh(grams.index_select(0, index)).eigenvectors[0, :, -1]
+    # conjugates are written out: a lazy one is lost in a product with a vector when this is called from a compiled graph
+    left = left.conj().resolve_conj().clone()
+    row = left @ blocks.index_select(0, index)[0]
+    right = (row / torch.linalg.vector_norm(row).clamp(min=_TINY)).conj().resolve_conj().clone()
+    return index.to(device), left.to(device), right.to(device), (squared.sqrt() * scale).to(device, dtype)
+
+
+@_largest.register_fake
+def _(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vector = torch.complex128 if theta.shape[1] else torch.float64
+    left, right = (kernel.new_empty(n, dtype=vector) for n in kernel.shape[1:3])
+    return kernel.new_empty(1, dtype=torch.long), left, right, kernel.new_empty((), dtype=_result_dtype(kernel))
+
+
+def _result_dtype(kernel: Tensor) -> torch.dtype:
+    """Apple's GPUs have no float64."""
+    return torch.float32 if kernel.device.type == "mps" else torch.float64
+
+
+def _krylov(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Lanczos' largest Ritz value of every real matrix, from below, and its vector."""
+    # a fixed start that no matrix of a model is blind to
+    start = torch.arange(1, grams.shape[-1] + 1, device=grams.device).mul(1.618).cos().to(grams)
+    basis = _unit((grams @ start).unsqueeze(-1))
+    images = grams @ basis
+    for _ in range(_STEPS):
+        fresh = images[..., -1:]
+        # three times: where few eigenvalues are distinct, what is left of the first is rounding
+        for _ in range(3):
+            fresh = _unit(fresh - basis @ (basis.mT @ fresh))
+        basis = torch.cat([basis, fresh], -1)
+        images = torch.cat([images, grams @ fresh], -1)
+    ritz = torch.linalg.eigh(basis.mT @ images).eigenvectors[..., -1:]
+    vector = _unit(basis @ ritz)
+    return (vector.mT @ grams @ vector).flatten(), vector.squeeze(-1)
+
+
+def _unit(columns: Tensor) -> Tensor:
+    return columns / torch.linalg.vector_norm(columns, dim=-2, keepdim=True).clamp(min=_TINY)
+
+
+def _proven(grams: Tensor, estimate: Tensor) -> Tensor:
+    """A number that no eigenvalue exceeds: the estimate with the smallest margin for which all matrices have a factor."""
+    upper = torch.linalg.vector_norm(grams.flatten(1), dim=1).amax()
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    for margin in _MARGINS:
+        level = estimate * (1 + margin)
+        proven = (torch.linalg.cholesky_ex(level * identity - grams).info == 0).all()
+        upper = torch.where(proven, level, upper)
+    return upper

@@ -1,0 +1,142 @@
+"""What a hook measures and writes: a whole weight, a part of a fused one, or one with LoRA adapters on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .low_rank import clip_update
+from .operators import DenseOperator, as_operator
+from .operators.base import LinearOperator
+from .operators.layers import lora_factors
+from .weights import full, pruning_mask, write_
+
+#: What `LoraTarget.clipped` has found: the base weight and the left factors, each None where it stays.
+LoraChange = tuple[Tensor | None, list[Tensor] | None]
+
+
+@dataclass
+class Target:
+    """One weight, or the part of it that makes some of the outputs, and the layers that use it: several when it is tied."""
+
+    name: str
+    layers: list[nn.Module]
+    outputs: slice | None = None
+
+    def operators(self) -> list[LinearOperator]:
+        """An operator for each layer; tied layers may apply the same weight with different geometries."""
+        return [_part(as_operator(layer), self.outputs) for layer in self.layers]
+
+    def mask(self) -> Tensor | None:
+        """What torch's pruning lays over the weight, if anything."""
+        mask = pruning_mask(self.layers[0])
+        if mask is None or self.outputs is None:
+            return mask
+        return _rows(mask, self.outputs, as_operator(self.layers[0]).transposed)
+
+    def parametrized(self) -> list[nn.Module]:
+        """The layers whose weight `write_` assigns through a parametrization, which may refuse."""
+        return [layer for layer in self.layers[:1] if is_parametrized(layer, "weight")]
+
+    def write_(self, weight: Tensor) -> None:
+        """Give the layers this weight, of the shape of the operators'."""
+        _write_part_(self.layers[0], weight, self.outputs)
+
+
+@dataclass
+class LoraTarget:
+    """A linear layer's weight together with its LoRA adapters, `W + Σ s B A`; or, without a `base`, `Σ s B A` alone.
+
+    Never the factors apart: with `A` and `B` of norm 1 the sum may still have norm `‖W‖ + s`.
+    """
+
+    name: str
+    layers: list[nn.Module]
+    outputs: slice | None = None
+    #: The base layer's own weight.
+    base: Target | None = None
+    #: The bound that it is known to obey: a frozen one is looked at until then.
+    _base_within: float = field(default=float("inf"), repr=False)
+
+    def operators(self) -> list[LinearOperator]:
+        """One operator: that of the sum."""
+        weight, left, right = self._sum()
+        return [DenseOperator(weight.to(right) + left.to(right) @ right)]
+
+    def parametrized(self) -> list[nn.Module]:
+        """The layers whose weight `write_` assigns through a parametrization, which may refuse."""
+        own = [b for _, b, _ in lora_factors(self.layers[0]) if is_parametrized(b, "weight")]
+        return own if self.base is None else own + self.base.parametrized()
+
+    @torch.no_grad()
+    def clipped(self, project: Callable[[Target], Tensor | None], max_norm: float) -> LoraChange | None:
+        """What brings the sum inside, or None if it is there.
+
+        If the base alone exceeds the bound, `project` takes it inside first, frozen or not. Then the adapters' `B` go as near to
+        what they are as the room that the base leaves allows; their `A` stay.
+        """
+        weight, left, right = self._sum()
+        base = None
+        if self.base is not None and max_norm < self._base_within:
+            base = project(self.base)
+            if base is not None:
+                # half-precision factors cannot meet a wall exactly: room for their rounding
+                eps = torch.finfo(left.dtype).eps
+                base = base * (1 - eps) if eps > 1e-6 else base
+                weight = _matrix(self.base.operators()[0].with_weight(base))
+            else:
+                self._base_within = max_norm
+        new = clip_update(weight, left, right, max_norm)
+        if new is left:
+            return None if base is None else (base, [])
+        return base, list(new.split([a.weight.shape[0] for a, _, _ in lora_factors(self.layers[0])], dim=1))
+
+    def write_(self, change: LoraChange) -> None:
+        """Give the base layer and the adapters what `clipped` has found."""
+        base, lefts = change
+        if self.base is not None and base is not None:
+            self.base.write_(base)
+        if lefts:
+            for (_, b, _), left in zip(lora_factors(self.layers[0]), lefts, strict=True):
+                _write_part_(b, left, self.outputs)
+
+    def _sum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`W` as (out, in), all `B` side by side, and all `s A` one below the other."""
+        factors = [
+            (_matrix(as_operator(a)), _matrix(_part(as_operator(b), self.outputs)), s) for a, b, s in lora_factors(self.layers[0])
+        ]
+        rights = [scale * a.to(torch.promote_types(a.dtype, torch.float32)) for a, _, scale in factors]
+        left, right = torch.cat([b for _, b, _ in factors], dim=1), torch.cat(rights)
+        if self.base is None:
+            return right.new_zeros(len(left), right.shape[1]), left, right
+        return _matrix(self.base.operators()[0]), left, right
+
+
+def _matrix(op: LinearOperator) -> Tensor:
+    """The operator's weight as (out, in)."""
+    weight = full(op.weight)
+    return weight.T if op.transposed else weight
+
+
+def _rows(weight: Tensor, outputs: slice, transposed: bool) -> Tensor:
+    """The part of a matrix that makes these outputs, as a view."""
+    return weight[:, outputs] if transposed else weight[outputs]
+
+
+def _part(op: LinearOperator, outputs: slice | None) -> LinearOperator:
+    if outputs is None:
+        return op
+    return DenseOperator(_rows(full(op.weight), outputs, op.transposed), transposed=op.transposed)
+
+
+def _write_part_(layer: nn.Module, weight: Tensor, outputs: slice | None) -> None:
+    if outputs is not None:
+        op = as_operator(layer)
+        whole = full(op.weight).clone()
+        _rows(whole, outputs, op.transposed).copy_(weight)
+        weight = whole
+    write_(layer, weight)
