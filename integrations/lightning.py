@@ -100,7 +100,7 @@ class SpectralClip(HookCallback):
     (pruning, averaging).
 
     Args:
-        max_norm, layers, exclude, every, rounds: as for `spectral_hooks.SpectralClip`.
+        max_norm, layers, exclude, every, rounds, and further options: as for `spectral_hooks.SpectralClip`.
         log: log `spectral_clip/norm_before` (the largest norm of all layers before clipping) and `spectral_clip/clipped` (how
             many were clipped) at every batch; costs a certified norm of every layer at every step.
 
@@ -119,8 +119,9 @@ class SpectralClip(HookCallback):
         every: int = 1,
         rounds: int = 3,
         log: bool = False,
+        **options: Any,
     ) -> None:
-        clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, record=log)
+        clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, record=log, **options)
         super().__init__(clip)
         self.logs = log
 

@@ -58,7 +58,7 @@ class SpectralClip(HookCallback):
     `train` leaves; with `every=1` in every checkpoint (PEFT's hold adapters only, to be laid on the projected model).
 
     Args:
-        max_norm, layers, exclude, every, rounds: as for `spectral_hooks.SpectralClip`.
+        max_norm, layers, exclude, every, rounds, and further options: as for `spectral_hooks.SpectralClip`.
         split_qkv: fused projections of query, key and value (GPT-2's `c_attn`) are bounded whole if False, each of the three by
             itself if True, each head of each if "heads". Where the layout is not known here, a mapping from patterns to the
             number of equal parts or their sizes: `{"*.query_key_value": 3 * heads}`.
@@ -84,10 +84,11 @@ class SpectralClip(HookCallback):
         split_qkv: bool | str | Split = False,
         lora: str = "merged",
         log: bool = False,
+        **options: Any,
     ) -> None:
         known = split_qkv in (False, True, "heads")
-        views: dict[str, Any] = {"split": None if known else split_qkv, "lora": lora}
-        clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, record=log, **views)
+        options |= {"split": None if known else split_qkv, "lora": lora, "record": log}
+        clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, **options)
         super().__init__(clip)
         self.split_qkv, self.logs = split_qkv if known else False, log
         self.history: list[dict[str, float]] = []

@@ -8,8 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .krylov import largest
 from .lattice import grid_norm, lattice_norm
 from .operators.base import LinearOperator
+from .operators.dense import DenseOperator
 from .operators.symbols import half_plane, product, symbol
 from .spectrum import spectral_norm
 
@@ -17,6 +19,8 @@ from .spectrum import spectral_norm
 _OVERSAMPLING = (6, 4)
 #: How far to go along a correction.
 _STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
+#: From this size on a matrix is tried for few values above the level: so many, by so many restarts of a Krylov method.
+_LARGE, _FEW, _FEW_RESTARTS = 384, 12, 4
 #: Bytes of symbols held at once.
 _CHUNK_BYTES = 1 << 27
 
@@ -32,7 +36,9 @@ def clip_kernel(
     the correction may `stretch`, which pays where it is large.
     """
     if prod(kernel.shape[3:]) == 1:
-        excess, _, peak = excess_over(kernel.reshape(kernel.shape[:3]), max_norm / op.lattice_factor)
+        level = max_norm / op.lattice_factor
+        matrices = kernel.reshape(kernel.shape[:3])
+        excess, peak = _few_over(matrices, level) or excess_over(matrices, level)[::2]
         return kernel - excess.reshape(kernel.shape), peak
     sizes, level = _clip_grid(op, kernel, max_norm)
     theta, counts = half_plane(sizes, kernel)
@@ -134,6 +140,20 @@ def _clip_sizes(op: LinearOperator, kernel: Tensor) -> tuple[int, ...]:
     # a circular layer's own frequencies, or, when they are many, fewer; at least as many as there are taps
     exact = tuple(n * -(-k // n) for (n, _), k in zip(grid, taps, strict=True))
     return tuple(min(n, 2 * m) if m > 1 else 1 for n, m in zip(exact, sizes, strict=True))
+
+
+def _few_over(matrices: Tensor, level: float) -> tuple[Tensor, float] | None:
+    """The excess of one large matrix that has few singular values above the level, and its norm; None if it has more."""
+    if len(matrices) > 1 or min(matrices.shape[1:]) < _LARGE:
+        return None
+    try:
+        values, left, right = largest(DenseOperator(matrices[0]), _FEW, above=level, tol=1e-7, max_restarts=_FEW_RESTARTS)
+    except RuntimeError:
+        return None
+    if values[-1] > level:
+        return None
+    over = (values - level).clamp(min=0)
+    return (left.T * over @ right)[None], float(values[0])
 
 
 def excess_over(blocks: Tensor, level: float) -> tuple[Tensor, Tensor, float]:

@@ -27,7 +27,13 @@ class Triples(NamedTuple):
 
 @torch.no_grad()
 def largest(
-    op: LinearOperator, k: int = 1, *, tol: float = 1e-6, max_restarts: int = 300, generator: torch.Generator | None = None
+    op: LinearOperator,
+    k: int = 1,
+    *,
+    above: float = 0.0,
+    tol: float = 1e-6,
+    max_restarts: int = 300,
+    generator: torch.Generator | None = None,
 ) -> Triples:
     """The `k` largest singular values by a restarted block Krylov method (Golub & Kahan 1965; Baglama & Reichel 2005).
 
@@ -38,6 +44,7 @@ def largest(
     Args:
         op: a finite operator.
         k: how many.
+        above: smaller ones need not converge; they are then estimates from below.
         tol: stop when every `‖Aᵀu - σv‖ ≤ tol · σ₁`, or 50 times the machine epsilon where that is more; then a singular value
             lies within that distance of each one returned, and in practice within its square. For `k = 1` the square itself,
             over the distance to the next, is enough.
@@ -76,7 +83,7 @@ def largest(
             if k == 1 and len(s) > 1:
                 # off by an angle, a vector has a value off by its square, over the distance to the next; which may be overrated
                 error = torch.minimum(error, 30 * error**2 / (s[0] - s[1]).clamp(min=torch.finfo(dtype).tiny))
-            if s[0] == 0 or bool((error <= tol * s[0]).all()) or basis.shape[1] == size:
+            if s[0] == 0 or bool(((error <= tol * s[0]) | (s[:k] + error <= above)).all()) or basis.shape[1] == size:
                 return Triples(s[:k], left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
             if basis.shape[1] + block > columns:
                 break

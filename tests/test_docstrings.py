@@ -26,6 +26,13 @@ WITH_EXAMPLES = {
     "spectral_hooks.estimates",
     "spectral_hooks.projections",
     "spectral_hooks.hooks.clip",
+    "spectral_hooks.low_rank",
+    "spectral_hooks.parametrizations.cayley",
+    "spectral_hooks.parametrizations.clipped",
+    "spectral_hooks.parametrizations.conv_norm",
+    "spectral_hooks.parametrizations.remove",
+    "spectral_hooks.parametrizations.rescaled",
+    "spectral_hooks.parametrizations.skew",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -213,8 +213,14 @@ class SpectralClip:
         if self.record:
             operators = (op for target in self._selection.targets for op in self._gathered(target))
             self.largest_norm = max(float(spectral_norm(op, rtol=1e-2)) for op in operators)
-        targets = self._in_doubt(self._selection.targets)
-        results = shared(self._projected, targets, self._gathered) if self.distribute else map(self._projected, targets)
+        results: Iterable[Any]
+        if self.distribute:
+            # only an owner knows its weights, so none can be left out beforehand
+            targets = self._selection.targets
+            results = shared(self._projected_if_in_doubt, targets, self._gathered)
+        else:
+            targets = self._in_doubt(self._selection.targets)
+            results = map(self._projected, targets)
         changed = [(target, new) for target, new in zip(targets, results, strict=True) if new is not None]
         # only parametrized weights can refuse: they go first, and all go back if one does
         changed.sort(key=lambda pair: not pair[0].parametrized())
@@ -268,13 +274,18 @@ class SpectralClip:
         weight, self._known[name] = keep_inside(op, known, self.bound, rounds=self.rounds, slack=self.slack)
         return weight
 
-    def _in_doubt(self, targets: list[Target | LoraTarget]) -> list[Target | LoraTarget]:
-        """The targets that what is known does not prove to be inside."""
+    def _projected_if_in_doubt(self, target: Target | LoraTarget, operators: list[LinearOperator]) -> Any:
+        return self._projected(target, operators) if self._in_doubt([target], operators) else None
+
+    def _in_doubt(
+        self, targets: list[Target | LoraTarget], operators: list[LinearOperator] | None = None
+    ) -> list[Target | LoraTarget]:
+        """The targets that what is known does not prove to be inside; `operators` of a single one, if they are gathered."""
         if self.projection is not projections.clip:
             return targets
         watched = [(i, target) for i, target in enumerate(targets) if target.name in self._known]
-        operators = [self._gathered(target)[0] for _, target in watched]
-        inside = still_inside(operators, [self._known[target.name] for _, target in watched], self.bound)
+        firsts = operators or [self._gathered(target)[0] for _, target in watched]
+        inside = still_inside(firsts[: len(watched)], [self._known[target.name] for _, target in watched], self.bound)
         settled = {i for (i, _), yes in zip(watched, inside, strict=True) if yes}
         for i in settled:
             known = self._known[targets[i].name]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .base import LinearOperator
 from .conv import ConvOperator
@@ -100,19 +101,20 @@ def _lora(layer: Any) -> LinearOperator:
 @as_operator.register
 def _linear(layer: nn.Linear, input_size: InputSize = None) -> LinearOperator:
     # timm's Linear only adds casts for scripting
-    known = type(layer).__module__ == "timm.layers.linear"
-    return DenseOperator(_weight(layer, type(layer) if known else nn.Linear))
+    kind = type_before_parametrizations(layer)
+    return DenseOperator(_weight(layer, kind if kind.__module__ == "timm.layers.linear" else nn.Linear))
 
 
 @as_operator.register
 def _conv(layer: nn.modules.conv._ConvNd, input_size: InputSize = None) -> LinearOperator:
-    same = type(layer).__name__ == "Conv2dSame" and type(layer).__module__.startswith("timm.")
+    kind = type_before_parametrizations(layer)
+    same = kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
     transposed = layer.transposed
     padding: Any = layer.padding
     if same:
         padding = _same_padding(layer, input_size)
     return ConvOperator(
-        _weight(layer, type(layer) if same else _torch_class(layer)),
+        _weight(layer, kind if same else _torch_class(layer)),
         stride=layer.stride,
         padding=padding,
         output_padding=layer.output_padding if transposed else 0,
@@ -142,7 +144,7 @@ def _same_padding(layer: nn.modules.conv._ConvNd, input_size: InputSize) -> Any:
 
 def _weight(layer: nn.Module, forward_of: type[nn.Module]) -> Tensor:
     """The weight that the layer applies, or the reason why it cannot be told."""
-    name = type(layer).__name__
+    name = type_before_parametrizations(layer).__name__
     forwards = ("forward", "_conv_forward")
     if any(getattr(type(layer), f, None) is not getattr(forward_of, f, None) for f in forwards):
         why = _REWRITES.get(name, "has a forward of its own, so its weight may not be the map that it computes")

@@ -1,5 +1,10 @@
 """Layers that satisfy a constraint by construction: each function takes a layer and returns it, parametrized."""
 
+from .cayley import cayley as cayley
+from .clipped import banded as banded
+from .clipped import clipped as clipped
+from .conv_norm import conv_norm as conv_norm
 from .remove import remove_spectral as remove_spectral
 from .remove import spectral_report as spectral_report
 from .rescaled import rescaled as rescaled
+from .skew import skew as skew

@@ -46,7 +46,8 @@ def remove_spectral(model: nn.Module) -> nn.Module:
         The model, or its replacement if it is itself such a module.
 
     Raises:
-        ValueError: a weight also carries a parametrization from elsewhere, which could not be kept. Nothing has been changed.
+        ValueError: a weight also carries a parametrization from elsewhere, which could not be kept.
+        NotImplementedError: a module equals no plain layer, such as a `skew` convolution. In both cases nothing has been changed.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -61,6 +62,9 @@ def remove_spectral(model: nn.Module) -> nn.Module:
     found = [(name, layer, tensor) for name, layer in model.named_modules() for tensor in spectral_tensors(layer)]
     for name, layer, tensor in found:
         _check_alone(name or type(layer).__name__, layer, tensor)
+    for module in model.modules():
+        if _stands_for_a_layer(module):
+            cast(Any, module).to_plain()  # asked for its error before anything changes
     for _, layer, tensor in found:
         _bake(layer, tensor)
     return _plain(model, {})
@@ -77,9 +81,14 @@ def spectral_report(model: nn.Module) -> dict[str, str]:
         >>> spectral_report(torch.nn.Sequential(rescaled(torch.nn.Linear(4, 3)), torch.nn.Linear(3, 2)))
         {'0': 'Rescaled(max_norm=1.0)', '1': 'none: it is plain'}
     """
-    report = {}
+    report: dict[str, str] = {}
+    replaced: list[str] = []
     for name, layer in model.named_modules():
-        if _in_package(layer) or "parametrizations" in name.split("."):
+        if "parametrizations" in name.split(".") or any(name.startswith(prefix) for prefix in replaced):
+            continue
+        if _is_replacement(layer):
+            report[name] = type(layer).__name__
+            replaced.append(f"{name}." if name else "")
             continue
         made = [repr(p) for tensor in spectral_tensors(layer) for p in _held(layer, tensor)]
         if made:
@@ -105,6 +114,14 @@ def _held(layer: Any, name: str) -> list[nn.Module]:
 
 def _in_package(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def _is_replacement(module: nn.Module) -> bool:
+    return _in_package(module) and hasattr(module, "to_plain")
+
+
+def _stands_for_a_layer(module: nn.Module) -> bool:
+    return _in_package(module) and hasattr(module, "to_plain")
 
 
 def _is_ours(layer: nn.Module, name: str) -> bool:
@@ -139,7 +156,7 @@ def _plain(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = _plain(child, done)
-        if _in_package(module) and hasattr(module, "to_plain"):
+        if _is_replacement(module):
             done[id(module)] = cast(Any, module).to_plain()
     return done[id(module)]
 
@@ -147,9 +164,9 @@ def _plain(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 def _load_plain(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a state dict is loaded: a plain weight becomes what the parametrization keeps in its stead."""
     for name in spectral_tensors(layer):
-        if prefix + name not in state:
-            continue
         held = layer.parametrizations[name]
+        if prefix + name not in state or not all(hasattr(p, "right_inverse") for p in held):
+            continue
         value = state.pop(prefix + name)
         for parametrization in reversed(held):
             value = parametrization.right_inverse(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import cos, pi, prod, sqrt
+from math import cos, inf, pi, prod, sqrt
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +25,8 @@ _OVERSAMPLING = (8, 4)
 _BUDGET = 400
 #: Up to this size an eigenvalue solver is as fast as proofs by Cholesky.
 _SMALL = 64
-#: Beyond: what is tried to be proven, relative to an estimate of the squared norm; the tightest last.
-_MARGINS = (0.1, 2e-3, 1e-6)
+#: Beyond: what is tried to be proven, relative to an estimate of the squared norm.
+_MARGINS = (1e-6, 2e-3, 0.1)
 #: Krylov steps for that estimate.
 _STEPS = 24
 #: Keeps a zero weight from being divided by its norm.
@@ -157,7 +157,7 @@ def quick(op: LinearOperator) -> Tensor:
       twice the norm for a random 3×3 kernel, at most `√taps` times.
 
     Matrices of more than 64 rows are measured by Krylov steps, and proven by Cholesky factors of `(1 + margin) σ² I - M Mᵀ`.
-    All in float64. No value is looked at, so nothing waits for a GPU, and a model with it compiles and exports as one graph.
+    All in float64. Nothing waits for a GPU, and a model with it compiles and exports as one graph.
 
     Returns:
         0-d tensor in float64. Upper bound; NaN for a weight that is not finite. Its gradient is that of the norm at the winner.
@@ -186,8 +186,7 @@ def quick(op: LinearOperator) -> Tensor:
     index, left, right, upper = _largest(kernel.detach(), theta)
     # at the winner, with the vectors held fixed: the derivative of a maximum
     group, place = index % len(kernel), torch.div(index, len(kernel), rounding_mode="floor")
-    theta = theta.to(kernel).index_select(0, place) if sizes else theta
-    block = _blocks(kernel.index_select(0, group), theta)[0]
+    block = _blocks(_pick(kernel, group), _pick(theta.to(kernel), place))[0]
     norm = (left.to(block.dtype) @ block @ right.to(block.dtype)).real.to(upper.dtype)
     rounding = 1 + 1e-14 * (kernel[0].numel() + 100)
     return norm * (upper / norm.detach().clamp(min=_TINY) * (factor * op.padding_factor * rounding))
@@ -209,6 +208,11 @@ def _blocks(kernel: Tensor, theta: Tensor) -> Tensor:
     return symbol(kernel, theta).flatten(0, 1) if theta.shape[1] else kernel
 
 
+def _pick(items: Tensor, index: Tensor) -> Tensor:
+    """The item at an index of shape 1; no copy where there is one only."""
+    return items if len(items) == 1 else items.index_select(0, index)
+
+
 # One node in the graph of a compiled or exported model; its results are taken as constants.
 @torch.library.custom_op(
     "spectral_hooks::largest", mutates_args=(), schema="(Tensor kernel, Tensor theta) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -216,25 +220,26 @@ def _blocks(kernel: Tensor, theta: Tensor) -> Tensor:
 def _largest(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which block has the largest norm (an index of shape 1), its singular vectors `u*` and `v`, and a bound of the norm."""
     device, dtype = kernel.device, _result_dtype(kernel)
-    kernel = kernel.to("cpu" if device.type == "mps" else device, torch.float64)
-    scale = kernel.abs().amax().clamp(min=_TINY)
+    kernel = kernel.to("cpu" if device.type == "mps" else device)
+    scale = torch.linalg.vector_norm(kernel, inf).to(torch.float64).clamp(min=_TINY)
+    kernel = kernel.to(torch.float64) / scale
+    blocks = _blocks(kernel, theta.to(kernel))
     # solvers raise on NaN; the scale carries it to the result
-    blocks = _blocks(torch.nan_to_num(kernel / scale), theta.to(kernel))
-    grams = blocks @ blocks.mH
+    grams = torch.nan_to_num(blocks @ blocks.mH)
     size = grams.shape[-1]
     if size > _SMALL:
         values, vectors = _krylov(grams)
         squared = _proven(grams, values.amax())
         index = values.argmax(0, keepdim=True)
-        left = vectors.index_select(0, index)[0]
+        left = _pick(vectors, index)[0]
     else:
         values = torch.linalg.eigvalsh(grams)[:, -1] if size > 1 else grams[:, 0, 0].real
         squared = values.amax().clamp(min=0)
         index = values.argmax(0, keepdim=True)
-        left = torch.linalg.eigh(grams.index_select(0, index)).eigenvectors[0, :, -1]
+        left = torch.linalg.eigh(_pick(grams, index)).eigenvectors[0, :, -1]
     # conjugates are written out: a lazy one is lost in a product with a vector when this is called from a compiled graph
     left = left.conj().resolve_conj().clone()
-    row = left @ blocks.index_select(0, index)[0]
+    row = left @ _pick(blocks, index)[0]
     right = (row / torch.linalg.vector_norm(row).clamp(min=_TINY)).conj().resolve_conj().clone()
     return index.to(device), left.to(device), right.to(device), (squared.sqrt() * scale).to(device, dtype)
 
@@ -280,5 +285,8 @@ def _proven(grams: Tensor, estimate: Tensor) -> Tensor:
     for margin in _MARGINS:
         level = estimate * (1 + margin)
         proven = (torch.linalg.cholesky_ex(level * identity - grams).info == 0).all()
-        upper = torch.where(proven, level, upper)
+        upper = torch.where(proven, torch.minimum(level, upper), upper)
+        # elsewhere it would take longer to wait for the answer than to try the others
+        if grams.device.type == "cpu" and proven:
+            break
     return upper

@@ -1,0 +1,150 @@
+"""Orthogonal convolutions with periodic boundary: the Cayley transform of the kernel's symbol at every frequency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import pi, prod, sqrt
+
+import torch
+from torch import Tensor, nn
+
+from ..operators import LinearOperator, as_operator
+from ..operators.symbols import product
+from .skew import Memory, Unstrided, plain, take_over
+
+#: The norm to which longer kernels are scaled down. Close to its limit the transform hardly moves, and the inverse loses digits.
+_LONGEST = 100.0
+
+
+def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
+    """Replace a convolution by an orthogonal one of the same shapes, with periodic boundary.
+
+    At every frequency of the input's own grid, with `F = [U; V]` the symbol of the layer's kernel and `U` its square part,
+
+        Q = [2R - I; -2VR],   R = (I + U - U* + V*V)⁻¹,
+
+    the Cayley transform; of `F*`, and transposed back, where there are fewer outputs than inputs. A stride is dealt with by space
+    to depth before.
+
+    Guaranteed: `AᵀA = I` (`AAᵀ = I` where there are fewer outputs than inputs) up to rounding, 2e-6 in float32, in training and
+    evaluation, for every weight and at every input size, rectangular ones too. The map wraps around whatever the layer's own
+    padding: zero padding becomes circular. For orthogonality under zero padding see `skew`.
+
+    Args:
+        layer: an `nn.Conv1d/2d/3d` with zero or circular padding that keeps the size, or divides it by the stride. The parameters
+            become those of the result, under the same names and in the same shapes, so plain checkpoints load.
+
+    Returns:
+        The module to put in the place of the layer: `model.conv = cayley(model.conv)`. The stride must divide the input size. The
+        kernel, as large as the input, is another one for every input size, though little changes near its middle.
+
+    Cost: for half of the frequencies an inverse, of as many rows as the smaller number of channels, in every training forward. In
+    evaluation without gradients that is remembered for the last eight input sizes, while the weight stays the same: what is left
+    is two Fourier transforms and a product of matrices.
+
+    Raises:
+        TypeError: `layer` is no convolution.
+        ValueError: the layer changes the size by more than its stride, or its weight is no parameter.
+        NotImplementedError: transposed, reflect or replicate padding, dilation together with a stride or an even kernel.
+
+    Example:
+        >>> import torch
+        >>> from spectral_hooks.parametrizations.cayley import cayley
+        >>> layer = cayley(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False))
+        >>> x = torch.randn(2, 3, 7, 5)
+        >>> bool((layer(x).norm() / x.norm() - 1).abs() < 2e-6)
+        True
+
+    Source: Trockman and Kolter (2021), who also normalize the kernel.
+    """
+    return CayleyConv(layer, Unstrided.of(layer, "cayley"))
+
+
+class CayleyConv(nn.Module):
+    """What `cayley` puts in the place of a layer: a norm-preserving circular convolution, with a kernel as large as the input.
+
+    Args:
+        layer: the convolution whose parameters this takes over.
+        geometry: its reduction to stride 1.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.modules.conv._ConvNd, geometry: Unstrided) -> None:
+        super().__init__()
+        self.geometry = geometry
+        take_over(self, layer)
+        self._memory = Memory()
+
+    def extra_repr(self) -> str:
+        return str(self.geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.geometry.around(x, self.bias, self._turned)
+
+    def to_plain(self) -> nn.Module:
+        """The equal plain convolution, whose kernel is as large as its stride: for layers whose patches do not overlap.
+
+        Raises:
+            NotImplementedError: patches overlap; then no convolution of a small kernel is this map.
+        """
+        with torch.no_grad():
+            op = self.geometry.operator(self, self._turned)
+        return plain(self, op.weight, stride=op.stride, groups=op.groups)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """`Q(θ)` applied to every frequency of `x`."""
+        geometry = self.geometry
+        sizes, axes = tuple(x.shape[2:]), tuple(range(2, x.ndim))
+        q = self._memory(self, self.weight, lambda weight: self._transform(weight, sizes), sizes)
+        x = torch.fft.rfftn(x, dim=axes)
+        shape = x.shape[2:]
+        # (groups, frequencies, batch, channels): both products of matrices are then of contiguous ones
+        x = x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 3, 0, 2)
+        y = torch.bmm(x.flatten(0, 1), q).unflatten(0, (geometry.groups, -1))
+        return torch.fft.irfftn(y.permute(2, 0, 3, 1).flatten(1, 2).unflatten(2, shape), s=sizes, dim=axes)
+
+    def _transform(self, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """`Q(θ)ᵀ` of every group at every frequency of the half that `rfftn` keeps, `(groups · frequencies, columns, rows)`."""
+        geometry = self.geometry
+        kernel = geometry.kernel(weight.to(geometry.wide(weight)))
+        # ‖F(θ)‖ ≤ √taps ‖K‖_F
+        longest = torch.linalg.vector_norm(kernel) * sqrt(prod(kernel.shape[3:]))
+        kernel = kernel * (_LONGEST / longest.clamp(min=_LONGEST))
+        q = _cayley(_symbol(kernel, sizes, geometry.radius, geometry.dilation))
+        return q.transpose(0, 1).flatten(0, 1).mT.contiguous()
+
+
+@as_operator.register
+def _(layer: CayleyConv, input_size: int | Sequence[int] | None = None) -> LinearOperator:
+    return layer.geometry.operator(layer, layer._turned, input_size)
+
+
+def _symbol(kernel: Tensor, sizes: tuple[int, ...], radius: tuple[int, ...], dilation: int) -> Tensor:
+    """`F(θ)` with the taps counted from the middle, `(frequencies, groups, rows, columns)`.
+
+    Torch's convolutions correlate, so here the sign of the exponent is that of the inverse transform.
+    """
+    double = torch.empty(0, dtype=torch.float64)
+    points = [*sizes[:-1], sizes[-1] // 2 + 1]
+    frequencies = [torch.arange(m, dtype=torch.float64) * (2 * pi / n) for m, n in zip(points, sizes, strict=True)]
+    taps = product([torch.arange(-r, r + 1) * dilation for r in radius], double)
+    angles = product(frequencies, double) @ taps.T
+    flat = kernel.flatten(3).movedim(-1, 0).flatten(1)
+    values = torch.complex(angles.cos().to(flat) @ flat, angles.sin().to(flat) @ flat)
+    return values.unflatten(1, kernel.shape[:3])
+
+
+def _cayley(x: Tensor) -> Tensor:
+    """Batches of matrices with orthonormal columns, or rows where there are fewer of them."""
+    rows, columns = x.shape[-2:]
+    if rows < columns:
+        return _cayley(x.mH).mH
+    upper, lower = x[..., :columns, :], x[..., columns:, :]
+    identity = torch.eye(columns, dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.inv(identity + upper - upper.mH + lower.mH @ lower)
+    q = torch.cat([2 * inverse - identity, -2 * lower @ inverse], -2)
+    # one step of Newton's: the inverse has lost as many digits as the weight is large
+    fixed = q.detach()
+    return q + (fixed - fixed @ (fixed.mH @ fixed)) / 2

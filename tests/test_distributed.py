@@ -1,0 +1,94 @@
+"""Two processes over gloo on the CPU: replicas and shards agree with one process, whether the work is shared or not."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import spectral_hooks as sh
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+STEPS = 4
+
+
+def network() -> nn.Module:
+    """The last layer has fewer rows than there are processes, so one shard of it is empty."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3, 2), nn.Flatten(), nn.Linear(16, 7), nn.Linear(7, 1))
+
+
+def train(model: nn.Module, hook: sh.SpectralClip) -> None:
+    """The same batch everywhere, so that averaging gradients over processes changes nothing."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with hook.attach(model, optimizer):
+        for n in range(STEPS):
+            images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(n))
+            optimizer.zero_grad()
+            (model(images) - 3).square().mean().backward()
+            optimizer.step()
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
+
+
+def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = network()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                fully_shard(layer)
+        fully_shard(model)
+    train(model, sh.SpectralClip(0.8, distribute=distribute))
+    weights = whole(model)
+    torch.save(weights, Path(folder) / f"{rank}.pt")
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(float("nan"))
+    # on every process, whoever owns the weight
+    with pytest.raises(ValueError, match="0, after step 0.*NaN"):
+        sh.SpectralClip(0.8, distribute=distribute).start(model)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("kind", "distribute"), [("ddp", True), ("fsdp2", False), ("fsdp2", True)])
+def test_two_processes_as_one(kind: str, distribute: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, args=(port, kind, distribute, folder), nprocs=2)
+        ours = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    alone = network()
+    train(alone, sh.SpectralClip(0.8))
+    for here, there, one in zip(*ours, whole(alone), strict=True):
+        assert torch.equal(here, there)
+        torch.testing.assert_close(here, one, rtol=1e-6, atol=1e-6)
+
+
+def test_sharing_alone_changes_nothing() -> None:
+    """Without processes to share with."""
+    model = network()
+    other = copy.deepcopy(model)
+    train(model, sh.SpectralClip(0.8))
+    train(other, sh.SpectralClip(0.8, distribute=True))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)

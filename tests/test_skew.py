@@ -1,0 +1,453 @@
+"""`skew`, and what it has in common with the other modules that take the place of a convolution."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import apply_to_identity
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import spectral_hooks as sh
+from spectral_hooks.parametrizations.cayley import cayley
+from spectral_hooks.parametrizations.conv_norm import conv_norm
+from spectral_hooks.parametrizations.remove import remove_spectral
+from spectral_hooks.parametrizations.rescaled import rescaled
+from spectral_hooks.parametrizations.skew import modulus_one, skew
+from spectral_hooks.selection import select
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+#: Channels, kernel, settings; and an input size that every stride divides.
+GEOMETRIES = {
+    "square": ((4, 4, 3), {"padding": 1}, (5, 6)),
+    "smaller than the kernel": ((2, 2, 5), {"padding": 2}, (3, 2)),
+    "more outputs": ((2, 5, 3), {"padding": 1}, (5, 4)),
+    "fewer outputs": ((5, 2, 3), {"padding": 1}, (5, 4)),
+    "5×3": ((3, 3, (5, 3)), {"padding": (2, 1)}, (6, 5)),
+    "even": ((3, 3, (4, 2)), {"padding": "same"}, (6, 5)),
+    "1×1": ((5, 3, 1), {}, (2, 3)),
+    "stride": ((2, 6, 3), {"padding": 1, "stride": 2}, (6, 8)),
+    "stride, more outputs": ((2, 9, 3), {"padding": 1, "stride": (2, 1)}, (6, 3)),
+    "stem": ((1, 3, 7), {"padding": 3, "stride": 2}, (8, 6)),
+    "patches": ((2, 5, 4), {"stride": 4}, (8, 4)),
+    "patches with gaps": ((2, 9, 1), {"stride": 2}, (4, 6)),
+    "grouped": ((4, 6, 3), {"padding": 1, "groups": 2}, (4, 5)),
+    "grouped stride": ((4, 4, 2), {"stride": 2, "groups": 2}, (4, 6)),
+    "depthwise": ((3, 3, 3), {"padding": 1, "groups": 3}, (4, 5)),
+    "dilated": ((3, 3, 3), {"padding": 2, "dilation": 2}, (6, 5)),
+    "1-D": ((3, 4, 5), {"padding": 2}, (9,)),
+    "3-D": ((2, 2, 3), {"padding": 1}, (3, 2, 4)),
+    "circular": ((3, 3, 3), {"padding": 1, "padding_mode": "circular"}, (5, 4)),
+}
+
+
+def made(name: str, dtype: torch.dtype = torch.float64, gain: float = 1.0, bias: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    arguments, settings, size = GEOMETRIES[name]
+    layer = CONVS[len(size)](*arguments, bias=bias, **settings).to(dtype)
+    with torch.no_grad():
+        layer.weight.mul_(gain)
+    return layer
+
+
+def in_shape(name: str) -> tuple[int, ...]:
+    (channels, *_), _, size = GEOMETRIES[name]
+    return (channels, *size)
+
+
+def singular_values(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """All `min(outputs, inputs)` of them."""
+    return torch.linalg.svdvals(apply_to_identity(layer, shape).double())
+
+
+# -- the polynomial --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", range(2, 9))
+def test_modulus_is_one_on_the_imaginary_interval(degree: int) -> None:
+    coefficients = modulus_one(degree)
+    assert len(coefficients) == degree + 1
+    assert coefficients[0] == 1
+    omega = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    values = sum(c * (1j * omega) ** t for t, c in enumerate(coefficients))
+    squared = values.abs().square()
+    low, high = (1 - 6e-6, 1) if degree % 2 == 0 else (1, 1 + 6.1e-6)
+    assert low - 1e-12 <= float(squared.min())
+    assert float(squared.max()) <= high + 1e-12
+    # the documented reach
+    reach = {2: 0.10, 3: 0.43, 4: 0.98, 5: 1.71, 6: 2.56, 7: 3.51, 8: 4.54}[degree]
+    angles = torch.cumsum((values[1:] / values[:-1]).angle(), 0)
+    assert float(angles[-1]) / 2 == pytest.approx(reach, abs=0.005)
+
+
+# -- orthogonal -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("gain", [0.1, 1, 1e3])
+def test_all_singular_values_are_one(name: str, gain: float) -> None:
+    for dtype, degree in ((torch.float64, 4), (torch.float64, 5), (torch.float32, 4), (torch.float32, 7)):
+        values = singular_values(skew(made(name, dtype, gain), degree=degree), in_shape(name))
+        assert float((values.square() - 1).abs().max()) <= (6.1e-6 if dtype == torch.float64 else 1e-5)
+        assert degree % 2 or float(values[0]) <= 1 + (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["square", "stride", "1-D", "dilated"])
+def test_at_every_input_size(name: str) -> None:
+    layer = skew(made(name, gain=30))
+    channels, *size = in_shape(name)
+    for grown in (0, 2, 4):
+        values = singular_values(layer, (channels, *(n + grown for n in size)))
+        assert float((values.square() - 1).abs().max()) <= 6.1e-6
+
+
+def test_is_the_polynomial_of_a_skew_matrix() -> None:
+    plain = made("square", gain=2)
+    convolution = apply_to_identity(plain, in_shape("square"))
+    layer = skew(plain)
+    generator = sh.ConvOperator(layer._generator(plain.weight).detach(), padding=1, input_size=in_shape("square")[1:]).to_dense()
+    difference = convolution - convolution.T
+    scale = float(generator.norm() / difference.norm())
+    assert torch.allclose(generator, scale * difference, atol=1e-14)
+    assert 0.5 < float(torch.linalg.matrix_norm(generator, 2)) <= 1
+    expected = sum(c * torch.linalg.matrix_power(generator, t) for t, c in enumerate(modulus_one(4)))
+    assert torch.allclose(apply_to_identity(layer, in_shape("square")), expected, atol=1e-13)
+
+
+def test_small_generators_are_not_scaled_up() -> None:
+    """So the identity can be reached, and nothing jumps near it."""
+    plain = made("square", gain=1e-3)
+    convolution = apply_to_identity(plain, in_shape("square"))
+    matrix = apply_to_identity(skew(plain), in_shape("square"))
+    slope = modulus_one(4)[1]
+    assert torch.allclose(matrix, torch.eye(len(matrix), dtype=matrix.dtype) + slope * (convolution - convolution.T), atol=1e-5)
+
+
+def test_zero_weight_is_the_identity() -> None:
+    x = torch.randn(2, *in_shape("square"), dtype=torch.float64)
+    assert torch.equal(skew(made("square", gain=0))(x), x)
+
+
+def test_gradcheck() -> None:
+    for name in ("stride", "more outputs"):
+        for gain in (0.1, 5.0):
+            layer = skew(made(name, gain=gain, bias=True))
+            x = torch.randn(2, *in_shape(name), dtype=torch.float64, requires_grad=True)
+
+            def call(x: Tensor, weight: Tensor, bias: Tensor, layer: nn.Module = layer) -> Tensor:
+                return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+            inputs = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
+            assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+
+
+def train(layer: nn.Module, shape: tuple[int, ...], steps: int = 200) -> None:
+    """Regression on noise: far from where it started, by a step size that is too long."""
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    x = torch.randn(8, *shape)
+    y = torch.randn_like(layer(x).detach())
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss(layer(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["square", "stride"])
+def test_training_keeps_it(name: str) -> None:
+    layer = skew(made(name, torch.float32))
+    before = layer.weight.detach().clone()
+    train(layer, in_shape(name))
+    assert float((layer.weight - before).detach().norm()) > float(before.norm())
+    for mode in (True, False):
+        values = singular_values(layer.train(mode), in_shape(name))
+        assert float((values.square() - 1).abs().max()) <= 1e-5
+        assert float(values[0]) <= 1 + 1e-5
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------------
+
+BAD = [
+    ("zeros of another size", lambda: nn.Conv2d(2, 2, 3), ValueError, "padding=1"),
+    ("too much padding", lambda: nn.Conv2d(2, 2, 3, padding=2), ValueError, "`layer` must keep the size"),
+    ("overlap without padding", lambda: nn.Conv2d(2, 2, 5, stride=2), ValueError, "padding=2"),
+    ("reflect", lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), NotImplementedError, "reflect padding"),
+    ("dilated stride", lambda: nn.Conv2d(2, 2, 3, padding=2, dilation=2, stride=2), NotImplementedError, "dilation only"),
+    ("linear", lambda: nn.Linear(2, 2), TypeError, "use orthogonal"),
+    ("transposed", lambda: nn.ConvTranspose2d(2, 2, 3, padding=1), NotImplementedError, "transposed"),
+    ("pruned", lambda: prune.random_unstructured(nn.Conv2d(2, 2, 3, padding=1), "weight", 0.5), ValueError, "pruned"),
+    ("from elsewhere", lambda: parametrizations.orthogonal(nn.Conv2d(2, 2, 3, padding=1)), ValueError, "parametrized"),
+    ("old weight norm", lambda: weight_norm(nn.Conv2d(2, 2, 3, padding=1)), NotImplementedError, "weight_norm"),
+    ("lazy", lambda: nn.LazyConv2d(2, 3, padding=1), ValueError, "no weight yet"),
+]
+
+
+@pytest.mark.parametrize(("layer", "error", "match"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+@pytest.mark.parametrize("function", [skew, cayley])
+@pytest.mark.filterwarnings("ignore")
+def test_refuses(function, layer, error, match) -> None:
+    layer = layer()
+    keys = list(layer.state_dict())
+    with pytest.raises(error, match=match):
+        function(layer)
+    assert list(layer.state_dict()) == keys
+
+
+@pytest.mark.parametrize("degree", [1, 9, 4.0, True, None])
+def test_refuses_degrees(degree) -> None:
+    with pytest.raises(ValueError, match="`degree` must be an int from 2 to 8"):
+        skew(made("square"), degree=degree)
+
+
+@pytest.mark.parametrize("function", [skew, cayley])
+def test_refuses_inputs(function) -> None:
+    layer = function(made("stride"))
+    with pytest.raises(ValueError, match="`x` must have sizes that the stride"):
+        layer(torch.ones(1, 2, 6, 7, dtype=torch.float64))
+    with pytest.raises(ValueError, match="`x` must have shape"):
+        layer(torch.ones(1, 3, 6, 6, dtype=torch.float64))
+
+
+# -- every module in the place of a convolution -------------------------------------------------------------------------------
+
+REPLACEMENTS = [skew, cayley, conv_norm]
+each = pytest.mark.parametrize("replace", REPLACEMENTS)
+
+
+@each
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_shapes_types_and_bias_are_the_plain_ones(replace, name: str) -> None:
+    plain = made(name, torch.float32, bias=True)
+    x = torch.randn(2, *in_shape(name))
+    expected = plain(x)
+    layer = replace(plain)
+    y = layer(x)
+    assert y.shape == expected.shape
+    assert y.dtype == expected.dtype
+    assert torch.allclose(layer(x[0]), y[0], atol=1e-6), "without a batch"
+    offset = layer(torch.zeros_like(x))
+    assert torch.allclose(offset, plain.bias.view(-1, *[1] * (x.ndim - 2)).expand_as(offset))
+
+
+@each
+def test_parameters_are_those_of_the_layer(replace) -> None:
+    plain = made("square", bias=True).eval()
+    names, weight, bias = list(plain.state_dict()), plain.weight, plain.bias
+    weight.requires_grad_(False)
+    layer = replace(plain)
+    assert layer.weight is weight
+    assert layer.bias is bias
+    assert not layer.training
+    assert list(layer.state_dict()) == names
+    assert not list(layer.buffers())
+    assert "kernel_size=(3, 3)" in repr(layer)
+
+
+@each
+def test_state_dict_round_trip_and_plain_checkpoints(replace) -> None:
+    layer, twin = replace(made("square", gain=3, bias=True)), replace(made("square", bias=True))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(2, *in_shape("square"), dtype=torch.float64)
+    assert torch.equal(twin(x), layer(x))
+    twin.load_state_dict(made("square", gain=2, bias=True).state_dict())
+    assert torch.equal(twin.weight, made("square", gain=2).weight)
+
+
+@each
+def test_training_and_evaluation_agree_and_nothing_changes(replace) -> None:
+    layer = replace(made("square", bias=True))
+    x = torch.randn(2, *in_shape("square"), dtype=torch.float64)
+    state = copy.deepcopy(layer.state_dict())
+    first = layer(x).detach()
+    layer.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.allclose(layer(x), first, rtol=0, atol=1e-14)
+    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+
+
+def counted(layer: nn.Module) -> list[int]:
+    """How often what evaluation remembers is made."""
+    name = next(name for name in ("_generator", "_transform", "_gain") if hasattr(layer, name))
+    make, calls = getattr(layer, name), []
+
+    def wrapped(*args):
+        calls.append(1)
+        return make(*args)
+
+    setattr(layer, name, wrapped)
+    return calls
+
+
+def change_in_place(layer: nn.Module) -> None:
+    layer.weight.mul_(-0.5)
+
+
+def change_data(layer: nn.Module) -> None:
+    layer.weight.data.mul_(-0.5)
+
+
+def change_behind(layer: nn.Module) -> None:
+    layer.weight.data = -0.5 * layer.weight.data
+
+
+def load(layer: nn.Module) -> None:
+    layer.load_state_dict(made("square", gain=-0.5).state_dict())
+
+
+@each
+@pytest.mark.parametrize("change", [change_in_place, change_data, change_behind, load])
+def test_evaluation_remembers_until_the_weight_changes(replace, change) -> None:
+    layer = replace(made("square")).eval()
+    calls = counted(layer)
+    sizes = (5, 6), (6, 5), (7, 7)
+    xs = [torch.randn(1, 4, *size, dtype=torch.float64) for size in sizes]
+    with torch.no_grad():
+        for _ in range(2):
+            before = [layer(x) for x in xs]
+        made_once = 1 if replace is skew else len(sizes)
+        assert len(calls) == made_once
+        change(layer)
+        after = [layer(x) for x in xs]
+        assert len(calls) == 2 * made_once
+        expected = replace(made("square", gain=-0.5))
+        assert all(torch.allclose(a, expected(x), atol=1e-14) for a, x in zip(after, xs, strict=True))
+        assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(after, before, strict=True))
+
+
+@each
+def test_evaluation_forgets_what_is_too_much(replace) -> None:
+    layer = replace(made("square")).eval()
+    with torch.no_grad():
+        for size in range(3, 20):
+            layer(torch.ones(1, 4, size, size, dtype=torch.float64))
+    assert len(layer._memory._seen[1]) <= 8
+
+
+@each
+def test_inference_mode_leaves_nothing_that_training_cannot_use(replace) -> None:
+    layer = replace(made("square")).eval().requires_grad_(False)
+    x = torch.randn(1, *in_shape("square"), dtype=torch.float64)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert bool(x.grad.any())
+
+
+@each
+def test_gradients_in_evaluation_are_those_of_training(replace) -> None:
+    layer, x = replace(made("square")), torch.randn(1, *in_shape("square"), dtype=torch.float64)
+    gradients = []
+    for mode in (True, False):
+        layer.train(mode)
+        with torch.no_grad():
+            layer(x)
+        layer.zero_grad()
+        layer(x).square().mul(x).sum().backward()
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)
+    assert bool(gradients[0].any())
+
+
+@each
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+def test_copies_are_independent(replace, copied) -> None:
+    layer = replace(made("square")).eval()
+    x = torch.randn(1, *in_shape("square"), dtype=torch.float64)
+    with torch.no_grad():
+        before = layer(x)
+        twin = copied(layer)
+        assert torch.equal(twin(x), before)
+        twin.weight.mul_(-0.5)
+        assert not torch.allclose(twin(x), before)
+        assert torch.equal(layer(x), before)
+
+
+@each
+def test_half_precision_and_autocast_compute_in_single(replace) -> None:
+    layer = replace(made("square", torch.float32, bias=True))
+    x = torch.randn(2, *in_shape("square"))
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    # orthogonal ones lose but the rounding of the result; the convolution under ConvNorm is one in half precision
+    assert torch.allclose(y.float(), exact, atol=5e-2 if replace is conv_norm else 0, rtol=5e-3)
+    low = copy.deepcopy(layer).bfloat16()
+    low(x.bfloat16()).sum().backward()
+    assert low.weight.grad.dtype == torch.bfloat16
+    assert bool(low.weight.grad.isfinite().all())
+    if replace is not conv_norm:
+        rounded = copy.deepcopy(low).float()
+        y = low(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        assert torch.allclose(y.float(), rounded(x.bfloat16().float()), rtol=5e-3)
+
+
+@each
+def test_what_is_not_finite_shows(replace) -> None:
+    layer = replace(made("square"))
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = float("nan")
+    assert bool(layer(torch.ones(1, *in_shape("square"), dtype=torch.float64)).isnan().any())
+
+
+@each
+def test_compiles_to_one_graph(replace) -> None:
+    layer = replace(made("square", torch.float32))
+    x = torch.randn(2, *in_shape("square"))
+    torch._dynamo.reset()
+    y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert torch.allclose(y, layer(x), atol=1e-6)
+    y.sum().backward()
+    assert bool(layer.weight.grad.any())
+
+
+@each
+def test_parametrized_layers_start_from_what_they_compute(replace) -> None:
+    plain = rescaled(made("square", gain=30))
+    effective = plain.weight.detach().clone()
+    layer = replace(plain)
+    assert torch.allclose(layer.weight, effective)
+    assert list(layer.state_dict()) == ["weight"]
+
+
+@each
+@pytest.mark.parametrize("name", ["1×1", "patches", "patches with gaps", "grouped stride"])
+def test_layers_without_overlap_have_a_plain_equal(replace, name: str) -> None:
+    layer = replace(made(name, bias=True))
+    x = torch.randn(2, *in_shape(name), dtype=torch.float64)
+    matrix = apply_to_identity(layer, in_shape(name))
+    size = in_shape(name)[1:]
+    assert torch.allclose(sh.as_operator(layer, size).to_dense(), matrix, atol=1e-12)
+    model = nn.Sequential(layer)
+    y = layer(x)
+    remove_spectral(model)
+    assert type(model[0]) is nn.Conv2d
+    assert model[0].bias is layer.bias
+    assert torch.allclose(model[0](x), y, atol=1e-12)
+
+
+@each
+def test_others_are_refused_by_name(replace) -> None:
+    layer = replace(made("square"))
+    with pytest.raises(NotImplementedError, match="no convolution of a small kernel"):
+        sh.as_operator(layer)
+    with pytest.raises(NotImplementedError, match="no convolution of a small kernel"):
+        layer.to_plain()
+    selection = select(nn.Sequential(layer, nn.Linear(2, 2)))
+    assert [target.name for target in selection.targets] == ["1"]
+    assert "no convolution of a small kernel" in selection.skipped["0"]
