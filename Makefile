@@ -9,8 +9,9 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
+# two processes of one thread each: small tests gain nothing from threads
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -19,6 +20,8 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/norms.py
+	$(BIN)/python tests/benchmarks/clip.py
+	$(BIN)/python tests/benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -63,7 +63,7 @@ def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:
     with torch.no_grad():
         next(iter(model.parameters())).mul_(float("nan"))
     # on every process, whoever owns the weight
-    with pytest.raises(ValueError, match="0, after step 0.*NaN"):
+    with pytest.raises(ValueError, match=r"0, after step 0.*NaN"):
         sh.SpectralClip(0.8, distribute=distribute).start(model)
     dist.barrier()
     dist.destroy_process_group()

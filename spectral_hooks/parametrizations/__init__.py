@@ -4,7 +4,9 @@ from .cayley import cayley as cayley
 from .clipped import banded as banded
 from .clipped import clipped as clipped
 from .conv_norm import conv_norm as conv_norm
+from .group_shuffle import group_shuffle as group_shuffle
 from .remove import remove_spectral as remove_spectral
 from .remove import spectral_report as spectral_report
 from .rescaled import rescaled as rescaled
 from .skew import skew as skew
+from .tensor_train import tensor_train as tensor_train

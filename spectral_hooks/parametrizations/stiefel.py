@@ -1,0 +1,224 @@
+"""Maps from free tensors to orthonormal columns: the Stiefel manifold `{Q : p × q, QᵀQ = I}`, `p ≥ q`.
+
+Each map takes a real tensor `(*batch, p, q)` to one of the same shape with orthonormal columns, exact up to rounding,
+differentiable, without a look at any value (so it compiles), at a cost of `O(p q²)`. Half precision is computed in float32 and
+cast at the end; autocast does not reach inside.
+
+`cayley` and `exponential` start from a frame `base`, by default the first `q` columns of the identity: zero is mapped to it, and
+there the derivative is the projection on the tangent space. They reach every frame near it. `qr` and `householder` reach every
+frame. `origin` gives what maps to a given frame, for each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_full_precision(function: F) -> F:
+    """Run a function of tensors in float32 or better, without autocast, and cast its result back to the first one's dtype."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *others: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inputs = [t if t is None else t.to(wide) for t in (x, *others)]
+        if not torch.amp.autocast_mode.is_autocast_available(x.device.type):
+            return function(*inputs).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*inputs).to(x.dtype)
+
+    return cast(F, wrapped)
+
+
+@in_full_precision
+def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
+    """The Cayley transform of a tangent vector at a frame.
+
+        Q = (Y + V/2) B⁻¹ - Y,   B = I/2 - (U - Uᵀ)/8 + VᵀV/8,   U = Yᵀx,  V = x - YU,
+
+    which is `(I - L/2)⁻¹ (I + L/2) Y` for the skew `p × p` matrix `L` with `L Y = V + Y (U - Uᵀ) / 2`. Square: `V` is zero and
+    `x` is taken in the coordinates of `Y`, `U = x`. One `q × q` system, whose matrix has no singular value below 1/2.
+
+    Args:
+        x: free, `(*batch, p, q)`, `p ≥ q`.
+        base: `Y`, orthonormal columns of the same shape; by default those of the identity.
+
+    Returns:
+        Orthonormal columns, of the shape and dtype of `x`. Exact up to rounding. All frames near `Y` are reached: those for which
+        `YᵀQ` has no eigenvalue -1.
+
+    Example:
+        >>> import torch
+        >>> from spectral_hooks.parametrizations.stiefel import cayley
+        >>> q = cayley(torch.randn(7, 3, dtype=torch.float64))
+        >>> torch.allclose(q.T @ q, torch.eye(3, dtype=torch.float64))
+        True
+
+    Source: Cayley (1846); on the Stiefel manifold Wen and Yin (2013).
+    """
+    p, q = x.shape[-2:]
+    base = _identity(x) if base is None else base
+    if p == q:
+        b = torch.add(torch.eye(q, dtype=x.dtype, device=x.device) / 2, x.mT - x, alpha=1 / 8)
+        return _polished(torch.linalg.solve(b, base, left=False) - base)
+    u = base.mT @ x
+    v = x - base @ u
+    b = torch.add(torch.eye(q, dtype=x.dtype, device=x.device) / 2, u.mT - u + v.mT @ v, alpha=1 / 8)
+    return _polished(torch.linalg.solve(b, base + v / 2, left=False) - base)
+
+
+@in_full_precision
+def exponential(x: Tensor, base: Tensor | None = None) -> Tensor:
+    """The geodesic from a frame along a tangent vector: `Q = exp(L) Y`, with the skew `L` of `cayley`.
+
+    Square: `Q = Y exp((x - xᵀ) / 2)`. Tall: `L = [W, Y] [Y, -W]ᵀ` has rank `2q`, so an exponential of `3q × 3q` is enough.
+
+    Args:
+        x: free, `(*batch, p, q)`, `p ≥ q`.
+        base: `Y`, orthonormal columns of the same shape; by default those of the identity.
+
+    Returns:
+        Orthonormal columns, of the shape and dtype of `x`; exact up to rounding, which grows with `‖x‖`. Square: all with the
+        determinant of `Y`.
+
+    Source: Edelman, Arias and Smith (1998).
+    """
+    p, q = x.shape[-2:]
+    base = _identity(x) if base is None else base
+    if p == q:
+        return _polished(base @ torch.linalg.matrix_exp((x - x.mT) / 2))
+    u = base.mT @ x
+    half = (u - u.mT) / 4
+    w = x - base @ (u - half)
+    # both halves of the factors of L alike in size, for the accuracy of the exponential
+    scale = torch.linalg.vector_norm(w.detach(), dim=(-2, -1), keepdim=True).clamp(min=1).sqrt()
+    left, right = torch.cat([w / scale, base * scale], -1), torch.cat([base * scale, -w / scale], -1)
+    # exp(A Bᵀ) Y = Y + A φ(BᵀA) BᵀY with φ(z) = (eᶻ - 1) / z, the corner of the exponential of [[BᵀA, BᵀY], [0, 0]]
+    top = torch.cat([right.mT @ left, right.mT @ base], -1)
+    block = torch.cat([top, top.new_zeros(*top.shape[:-2], q, 3 * q)], -2)
+    return _polished(base + left @ torch.linalg.matrix_exp(block)[..., : 2 * q, 2 * q :])
+
+
+@in_full_precision
+def qr(x: Tensor) -> Tensor:
+    """`Q` of `x = QR` with a positive diagonal of `R`: Gram-Schmidt.
+
+    Args:
+        x: free, `(*batch, p, q)`, `p ≥ q`. Where the columns depend on each other there is no derivative.
+
+    Returns:
+        Orthonormal columns, of the shape and dtype of `x`. Exact up to rounding. A frame is mapped to itself, so all are reached.
+    """
+    q, r = torch.linalg.qr(x)
+    return q * _signs(r).unsqueeze(-2)
+
+
+@in_full_precision
+def householder(x: Tensor) -> Tensor:
+    """The product of `q` reflections: `Q = (I - V T Vᵀ)[:, :q] D`.
+
+    `V` is `x` below the diagonal with ones on it, `T⁻¹` the upper triangle of `VᵀV` with half of its diagonal, and `D` minus the
+    signs of the diagonal of `x` (zero counts as positive), so that zero is mapped to columns of the identity. The upper triangle
+    is not used.
+
+    Args:
+        x: free, `(*batch, p, q)`, `p ≥ q`.
+
+    Returns:
+        Orthonormal columns, of the shape and dtype of `x`. Exact up to rounding; every frame is reached.
+
+    Source: Schreiber and Van Loan (1989); the triangle: Joffrain et al. (2006).
+    """
+    q = x.shape[-1]
+    v = x.tril(-1) + _identity(x)
+    gram = v.mT @ v
+    t = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    product = _identity(x) - v @ torch.linalg.solve_triangular(t, v[..., :q, :].mT, upper=True)
+    return _polished(product) * -_signs(x).unsqueeze(-2)
+
+
+#: Every map by its name, and whether it takes a base. The latter start at zero.
+MAPS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "cayley": (cayley, True),
+    "qr": (qr, False),
+    "exp": (exponential, True),
+    "householder": (householder, False),
+}
+
+
+@torch.no_grad()
+def origin(name: str, frame: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A free tensor that a map takes to a frame, and the base that it takes for it, if any.
+
+    Args:
+        name: one of `MAPS`.
+        frame: orthonormal columns, `(*batch, p, q)`.
+
+    Returns:
+        `x, base` with `map(x, base) = frame`, or `map(x) = frame` where `base` is None.
+    """
+    if MAPS[name][1]:
+        return torch.zeros_like(frame), frame.clone()
+    if name == "qr":
+        return frame.clone(), None
+    reflectors, _ = torch.geqrf(frame)
+    # The diagonal is that of R, which is one of signs: Q = (the product) R. LAPACK leaves out a reflection that would change
+    # nothing (only of the last column of a square one); `householder` never does.
+    signs = householder(reflectors).mul(frame).sum(-2)
+    diagonal = torch.diagonal(reflectors, dim1=-2, dim2=-1)
+    diagonal.copy_(_signs(reflectors) * torch.where(signs < 0, -1.0, 1.0).to(frame))
+    return reflectors.tril(), None
+
+
+def inverse_cayley(frame: Tensor, base: Tensor | None = None) -> Tensor:
+    """The `x` with `cayley(x, base) = frame`, where it exists: `YᵀQ` without eigenvalue -1."""
+    p, q = frame.shape[-2:]
+    base = _identity(frame) if base is None else base
+    top = base.mT @ frame
+    b = 8 * torch.linalg.inv(top + torch.eye(q, dtype=frame.dtype, device=frame.device))
+    u = (b.mT - b) / 4
+    return u if p == q else base @ u + (frame - base @ top) @ b / 4
+
+
+def polar(x: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns, `UVᵀ` of `x = UΣVᵀ`; computed in float64, differentiable where unique.
+
+    Args:
+        x: `(*batch, p, q)`, `p ≥ q`. Where its rank is less than `q`, one of many nearest ones.
+
+    Source: Fan and Hoffman (1955).
+    """
+    wide = x if x.device.type == "mps" else x.double()
+    u, _, vh = torch.linalg.svd(wide, full_matrices=False)
+    return (u @ vh).to(x.dtype)
+
+
+def nearest(x: Tensor) -> Tensor:
+    """`polar` for any shape: orthonormal columns of a tall matrix, rows of a wide one."""
+    return polar(x) if x.shape[-2] >= x.shape[-1] else polar(x.mT).mT
+
+
+def _polished(q: Tensor) -> Tensor:
+    """One Newton step towards `QᵀQ = I`, held constant in the derivative: squares an error that grows with the map's
+    condition."""
+    with torch.no_grad():
+        error = q.mT @ q
+        error.diagonal(dim1=-2, dim2=-1).sub_(1)
+        correction = q @ error
+    return torch.sub(q, correction, alpha=0.5)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device).expand_as(x)
+
+
+def _signs(x: Tensor) -> Tensor:
+    """Signs of the diagonal, where zero is positive: never a column of zeros."""
+    diagonal = x.detach().diagonal(dim1=-2, dim2=-1)
+    return torch.where(diagonal < 0, -1.0, 1.0).to(x)

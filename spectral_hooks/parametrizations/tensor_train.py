@@ -1,0 +1,293 @@
+"""Layers of low rank whose singular values are those of a small core: orthonormal frames around it, by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operators import ConvOperator, DenseOperator, LinearOperator, as_operator
+from ..spectrum import check_finite
+from .stiefel import cayley, in_full_precision, inverse_cayley
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: What a layer's forward needs beside its weight.
+_GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "transposed")
+
+
+def tensor_train(layer: nn.Module, rank: int | Sequence[int]) -> TensorTrain:
+    """Replace a layer by one of low rank in tensor-train form, near it, whose singular values are those of its core.
+
+        K[o, i, x, y] = Σ_ab  L[o, b] C[b, a, x, y] R[i, a],   LᵀL = I,  RᵀR = I
+
+    The frames `L` and `R` are orthonormal by construction (Cayley transforms of free tensors), in every step and without a
+    penalty. So, with any stride, padding and input size, the non-zero singular values of the layer are those of the core `C`:
+    the norm, all other measures and `sh.SpectralClip` work on the core, at `r³` in place of `c³`. A linear layer's weight is `L
+    C Rᵀ`.
+
+    The start is the truncated higher-order SVD of the layer's kernel, for a matrix its truncated SVD: at most √2 times as far
+    from the kernel as the nearest of this rank, and equal to it at full rank. How far, relative to the kernel (Frobenius), is
+    the attribute `error` of the result and stands in its repr.
+
+    Args:
+        layer: an `nn.Linear`, `nn.Conv1d/2d/3d` or `nn.ConvTranspose1d/2d/3d`; its bias is kept as it is, itself it is not
+        changed.
+        rank: channels of the core, in each group; or two numbers, one for the inputs and one for the outputs. A side with fewer
+            channels has as many as it has.
+
+    Returns:
+        The module to put in the place of the layer: `model.conv = tensor_train(model.conv, 16)`. Loading a plain checkpoint
+        converts it; `sh.remove_spectral` and `to_plain()` give one dense layer, `to_sequential()` three thin ones.
+
+    Cost: a 1×1 convolution to `r` channels, the layer's own on `r` channels, a 1×1 convolution back, and the frames at `O(c
+    r²)` in each forward. The conversion is an SVD of the kernel for each side.
+
+    Raises:
+        TypeError: another kind of layer.
+        ValueError: a rank out of range; a weight that is not finite or not there.
+        NotImplementedError: the layer's forward does not apply its weight as it is stored, or another module reads the weight.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> from spectral_hooks.parametrizations.tensor_train import tensor_train
+        >>> conv = torch.nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        >>> layer = tensor_train(conv, rank=8)
+        >>> layer(torch.randn(2, 16, 9, 9)).shape, sh.as_operator(layer, 9).out_shape
+        (torch.Size([2, 32, 5, 5]), (8, 5, 5))
+        >>> full = sh.spectral_norm(sh.as_operator(layer.to_plain()))
+        >>> bool((sh.spectral_norm(sh.as_operator(layer)) / full - 1).abs() < 1e-3)
+        True
+
+    Source: Senderovich, Bulatova, Obukhov and Rakhuba (2022), with a penalty for the frames; De Lathauwer, De Moor and
+    Vandewalle (2000) for the start.
+    """
+    kind = _kind(layer)
+    weight = as_operator(layer).weight.detach()
+    check_finite(weight)
+    groups = getattr(layer, "groups", 1)
+    outputs, inputs, *taps = by_groups(weight, groups, getattr(layer, "transposed", False)).shape[1:]
+    return TensorTrain(layer, kind, weight, _ranks(rank, outputs, inputs, prod(taps)))
+
+
+class TensorTrain(nn.Module):
+    """What `tensor_train` puts in the place of a layer.
+
+    The parameters: `weight` is the core, in the layout of a layer of its kind with `r` channels; `out_free` and `in_free` are
+    what `out_frame` and `in_frame` are made from, `(groups, channels, r)`; `bias` is the layer's.
+
+    Attributes:
+        error: of the conversion, `‖K - K̂‖_F / ‖K‖_F`; zero for a zero kernel.
+
+    Args:
+        layer: the layer to be replaced.
+        kind: torch's class of it.
+        weight: the weight that it applies.
+        ranks: channels of the core, inputs and outputs.
+    """
+
+    weight: Tensor
+    bias: nn.Parameter | None
+    in_free: Tensor
+    out_free: Tensor
+    stride: Any
+    padding: Any
+    output_padding: Any
+    dilation: Any
+    padding_mode: str
+
+    def __init__(self, layer: Any, kind: type[nn.Module], weight: Tensor, ranks: tuple[int, int]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.dims = weight.ndim - 2
+        self.groups, self.transposed = 1, False
+        if self.dims:
+            for name in _GEOMETRY:
+                setattr(self, name, getattr(layer, name))
+            self._around = layer._reversed_padding_repeated_twice
+        self.ranks = ranks
+        core, outer, inner, self.error = self._converted(weight)
+        for name, value in (("weight", core), ("out_free", outer), ("in_free", inner)):
+            setattr(self, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+        self.bias = layer.bias
+        self.train(layer.training)
+        self.register_load_state_dict_pre_hook(_load_plain)
+
+    @property
+    def in_frame(self) -> Tensor:
+        """`R`, orthonormal columns in each group, `(groups, in / groups, r)`."""
+        return cayley(self.in_free)
+
+    @property
+    def out_frame(self) -> Tensor:
+        """`L`, orthonormal columns in each group, `(groups, out / groups, r)`."""
+        return cayley(self.out_free)
+
+    def extra_repr(self) -> str:
+        shape = f"{self.groups * self.in_free.shape[1]}, {self.groups * self.out_free.shape[1]}"
+        return f"{self.kind.__name__}, {shape}, rank={self.ranks}, error={self.error:.3g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._pointwise(x, self.in_frame.mT)
+        return self._pointwise(self._through_core(x), self.out_frame, self.bias)
+
+    def _pointwise(self, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.dims:
+            return F.linear(x, matrices[0], bias)
+        return _CONV[self.dims](x, self._one_tap(matrices), bias, groups=self.groups)
+
+    def _one_tap(self, matrices: Tensor) -> Tensor:
+        """Matrices, one for each group, as the weight of a plain layer."""
+        return matrices.flatten(0, 1).unflatten(-1, (-1, *[1] * self.dims))
+
+    def _through_core(self, x: Tensor) -> Tensor:
+        if not self.dims:
+            return F.linear(x, self.weight)
+        if self.transposed:
+            return _CONV_TRANSPOSE[self.dims](
+                x, self.weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._around, self.padding_mode), 0
+        return _CONV[self.dims](x, self.weight, None, self.stride, padding, self.dilation, self.groups)
+
+    # -- to and from a plain layer --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Module:
+        """One dense layer of the same map, with the same bias parameter."""
+        weight = self._dense(self.weight, self.out_frame, self.in_frame)
+        return self._layer(self.kind, weight, self.bias, **self._geometry())
+
+    @torch.no_grad()
+    def to_sequential(self) -> nn.Sequential:
+        """Three plain layers of the same map: to `r` channels, the core, and back, with the same bias parameter."""
+        kind: type[nn.Module] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.dims]
+        groups = {"groups": self.groups} if self.dims else {}
+        after, before = (self._one_tap(matrices).clone() for matrices in (self.out_frame, self.in_frame.mT))
+        return nn.Sequential(
+            self._layer(kind, before, None, **groups),
+            self._layer(self.kind, self.weight.clone(), None, **self._geometry()),
+            self._layer(kind, after, self.bias, **groups),
+        ).train(self.training)
+
+    def _geometry(self) -> dict[str, Any]:
+        if not self.dims:
+            return {}
+        return {name: getattr(self, name) for name in _GEOMETRY[:-1] if self.transposed or name != "output_padding"}
+
+    def _layer(self, kind: Any, weight: Tensor, bias: nn.Parameter | None, **geometry: Any) -> nn.Module:
+        """A plain layer with this weight."""
+        groups = geometry.get("groups", 1)
+        outputs, inputs = by_groups(weight, groups, issubclass(kind, nn.modules.conv._ConvTransposeNd)).shape[1:3]
+        if self.dims:
+            geometry["kernel_size"] = tuple(weight.shape[2:])
+        layer: Any = kind(groups * inputs, groups * outputs, bias=False, device="meta", **geometry)
+        layer.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        layer.bias = bias
+        return layer.train(self.training)
+
+    def _dense(self, core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+        """The kernel that the layer applies, in the layout of its kind."""
+        kernel = in_full_precision(_around_core)(by_groups(core, self.groups, self.transposed), outer, inner)
+        return as_stored(kernel, self.transposed)
+
+    @torch.no_grad()
+    def _converted(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """The core, what its frames are made from, and the error, for a plain weight; all in its dtype and on its device."""
+        kernel = by_groups(weight, self.groups, self.transposed)
+        # Apple's GPUs have no float64
+        kernel = kernel.to("cpu" if kernel.device.type == "mps" else kernel.device).double()
+        free = [inverse_cayley(_frame(kernel, axis, r)).to(weight) for axis, r in zip((1, 2), self.ranks[::-1], strict=True)]
+        # with the frames as they are after rounding, so that at full rank nothing is lost but that
+        outer, inner = (cayley(x).to(kernel) for x in free)
+        core = as_stored(_around_core(kernel, outer.mT, inner.mT), self.transposed).to(weight)
+        lost = torch.linalg.vector_norm(self._dense(core.to(kernel), outer, inner) - as_stored(kernel, self.transposed))
+        size = torch.linalg.vector_norm(kernel)
+        return core, free[0], free[1], float(lost / size) if size else 0.0
+
+
+@as_operator.register
+def _core(layer: TensorTrain, input_size: int | Sequence[int] | None = None) -> LinearOperator:
+    """The core's: with frames around it the non-zero singular values are the same."""
+    if not layer.dims:
+        return DenseOperator(layer.weight)
+    geometry: dict[str, Any] = {"transposed": layer.transposed, "output_padding": 0, **layer._geometry()}
+    return ConvOperator(layer.weight, **geometry, input_size=input_size)
+
+
+def _load_plain(layer: TensorTrain, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: the weight of a plain layer, known by the lack of frames, is converted."""
+    names = [f"{prefix}{name}" for name in ("weight", "out_free", "in_free")]
+    if names[0] in state and not any(name in state for name in names[1:]):
+        weight = state[names[0]]
+        core = by_groups(layer.weight, layer.groups, layer.transposed)
+        plain = core.new_empty(len(core), layer.out_free.shape[1], layer.in_free.shape[1], *core.shape[3:], device="meta")
+        if weight.shape == as_stored(plain, layer.transposed).shape:
+            core, outer, inner, layer.error = layer._converted(weight.to(layer.weight))
+            state.update(zip(names, (core, outer, inner), strict=True))
+
+
+def _kind(layer: nn.Module) -> type[nn.Module]:
+    """Torch's class of a layer that can be replaced."""
+    name = type(layer).__name__
+    kind = next((cls for cls in type(layer).__mro__ if cls in _KINDS), None)
+    if kind is None or isinstance(layer, TensorTrain):
+        raise TypeError(f"`layer` must be an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d; got {name}.")
+    as_operator(layer)  # refuses a forward that is not that of the class
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise NotImplementedError(
+            f"{name} is part of a module that reads its weight itself (nn.MultiheadAttention): leave it out."
+        )
+    if type(layer).__name__ == "Conv2dSame":
+        raise NotImplementedError(
+            f"{name} pads as much as each input asks for: put an nn.Conv2d with fixed padding in its place."
+        )
+    return kind
+
+
+def _ranks(rank: int | Sequence[int], outputs: int, inputs: int, taps: int) -> tuple[int, int]:
+    """Channels of the core, inputs and outputs: no more than there are, nor than the kernel's unfoldings can have."""
+    pair = (rank, rank) if isinstance(rank, int) else tuple(rank) if isinstance(rank, Sequence) else ()
+    most = max(outputs, inputs)
+    if len(pair) != 2 or not all(isinstance(r, int) and not isinstance(r, bool) and 1 <= r <= most for r in pair):
+        raise ValueError(
+            f"`rank` must be an int from 1 to {most}, the channels of a group, or two (inputs, outputs); got {rank!r}."
+        )
+    return min(pair[0], inputs, outputs * taps), min(pair[1], outputs, inputs * taps)
+
+
+def by_groups(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """A stored weight as `(groups, outputs, inputs, *taps)`."""
+    kernel = weight.unflatten(0, (groups, -1))
+    return kernel.transpose(1, 2) if transposed else kernel
+
+
+def as_stored(kernel: Tensor, transposed: bool) -> Tensor:
+    """The inverse of `by_groups`."""
+    return (kernel.transpose(1, 2) if transposed else kernel).flatten(0, 1).contiguous()
+
+
+def _around_core(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """`Σ_ab outer[o, b] core[b, a, ...] inner[i, a]`, group by group."""
+    taps = core.shape[3:]
+    product = (outer @ core.flatten(2)).unflatten(2, (core.shape[2], -1))
+    return (inner.unsqueeze(1) @ product).unflatten(3, taps) if taps else (inner.unsqueeze(1) @ product).squeeze(3)
+
+
+def _frame(kernel: Tensor, axis: int, rank: int) -> Tensor:
+    """The leading left singular vectors of the kernel's unfolding along an axis, turned among themselves.
+
+    Any basis of their span will do, for the core turns along. This one has a positive semidefinite block on top, the nearest to
+    the columns of the identity, which the Cayley transform takes from a small tensor: at full rank it is the identity, from
+    zero.
+    """
+    vectors = torch.linalg.svd(kernel.movedim(axis, 1).flatten(2), full_matrices=False).U[..., :rank]
+    u, _, vh = torch.linalg.svd(vectors[..., :rank, :])
+    return vectors @ (u @ vh).mT
