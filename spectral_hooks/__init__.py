@@ -2,6 +2,7 @@
 
 from . import bounds as bounds
 from . import estimates as estimates
+from . import initializers as initializers
 from . import parametrizations as parametrizations
 from . import projections as projections
 from .hooks import SpectralClip as SpectralClip

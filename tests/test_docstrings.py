@@ -32,7 +32,9 @@ WITH_EXAMPLES = {
     "spectral_hooks.parametrizations.conv_norm",
     "spectral_hooks.parametrizations.remove",
     "spectral_hooks.parametrizations.rescaled",
+    "spectral_hooks.initializers",
     "spectral_hooks.parametrizations.group_shuffle",
+    "spectral_hooks.parametrizations.orthogonal",
     "spectral_hooks.parametrizations.skew",
     "spectral_hooks.parametrizations.tensor_train",
 }

@@ -192,7 +192,7 @@ class SpectralClip:
         """Count the step and project when it is due."""
         self.step += 1
         if self.step % self.every == 0:
-            self.project()
+            self._project_all(self.slack)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on like an uninterrupted one.
@@ -207,9 +207,12 @@ class SpectralClip:
         self._known = {name: Known(*known) for name, known in state.get("known", {}).items()}
         self._resumed = True
 
-    @torch.no_grad()
     def project(self) -> None:
-        """Project every selected weight now. All results are computed before the first weight is written."""
+        """Project every selected weight that is outside now. All results are computed before the first weight is written."""
+        self._project_all(slack=0)
+
+    @torch.no_grad()
+    def _project_all(self, slack: float) -> None:
         if self.record:
             operators = (op for target in self._selection.targets for op in self._gathered(target))
             self.largest_norm = max(float(spectral_norm(op, rtol=1e-2)) for op in operators)
@@ -217,10 +220,10 @@ class SpectralClip:
         if self.distribute:
             # only an owner knows its weights, so none can be left out beforehand
             targets = self._selection.targets
-            results = shared(self._projected_if_in_doubt, targets, self._gathered)
+            results = shared(partial(self._projected_if_in_doubt, slack=slack), targets, self._gathered)
         else:
             targets = self._in_doubt(self._selection.targets)
-            results = map(self._projected, targets)
+            results = (self._projected(target, self._gathered(target), slack) for target in targets)
         changed = [(target, new) for target, new in zip(targets, results, strict=True) if new is not None]
         # only parametrized weights can refuse: they go first, and all go back if one does
         changed.sort(key=lambda pair: not pair[0].parametrized())
@@ -239,22 +242,24 @@ class SpectralClip:
         """The target's operators, with whole weights: a sharded one is gathered from all processes."""
         return [op.with_weight(full(op.weight)) for op in target.operators()]
 
-    def _projected(self, target: Target | LoraTarget, operators: list[LinearOperator] | None = None) -> Any:
+    def _projected(self, target: Target | LoraTarget, operators: list[LinearOperator], slack: float) -> Any:
         """What to write so that the target is inside the ball, or None if it is there already."""
         try:
             if isinstance(target, LoraTarget):
                 return target.clipped(self._inside, self.bound)
-            return self._inside(target, operators)
+            return self._inside(target, operators, slack)
         except ValueError as error:
             raise ValueError(f"{target.name}, after step {self.step}: {error}") from error
 
-    def _inside(self, target: Target, operators: list[LinearOperator] | None = None) -> Tensor | None:
+    def _inside(self, target: Target, operators: list[LinearOperator] | None = None, slack: float = 0.0) -> Tensor | None:
         """The weight inside the ball, or None if it is there already."""
         operators, mask = operators or self._gathered(target), target.mask()
         weight = before = operators[0].weight
         check_finite(before)
         if len(operators) == 1 and mask is None and self.projection is projections.clip:
-            weight = self._kept_inside(target.name, operators[0])
+            known = self._known.get(target.name)
+            weight, known = keep_inside(operators[0], known, self.bound, rounds=self.rounds, slack=slack)
+            self._known[target.name] = known
             return None if weight is before else weight
         for i, op in enumerate(operators):
             # the first use decides the shape of the result; scaling for another keeps the bound of all before it
@@ -269,13 +274,8 @@ class SpectralClip:
             return projections.clip(op, max_norm, rounds=self.rounds)
         return self.projection(op, max_norm)
 
-    def _kept_inside(self, name: str, op: LinearOperator) -> Tensor:
-        known = self._known.get(name)
-        weight, self._known[name] = keep_inside(op, known, self.bound, rounds=self.rounds, slack=self.slack)
-        return weight
-
-    def _projected_if_in_doubt(self, target: Target | LoraTarget, operators: list[LinearOperator]) -> Any:
-        return self._projected(target, operators) if self._in_doubt([target], operators) else None
+    def _projected_if_in_doubt(self, target: Target | LoraTarget, operators: list[LinearOperator], slack: float) -> Any:
+        return self._projected(target, operators, slack) if self._in_doubt([target], operators) else None
 
     def _in_doubt(
         self, targets: list[Target | LoraTarget], operators: list[LinearOperator] | None = None

@@ -5,6 +5,7 @@ from .clipped import banded as banded
 from .clipped import clipped as clipped
 from .conv_norm import conv_norm as conv_norm
 from .group_shuffle import group_shuffle as group_shuffle
+from .orthogonal import orthogonal as orthogonal
 from .remove import remove_spectral as remove_spectral
 from .remove import spectral_report as spectral_report
 from .rescaled import rescaled as rescaled

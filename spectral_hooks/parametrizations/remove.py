@@ -171,4 +171,6 @@ def _load_plain(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None
         for parametrization in reversed(held):
             value = parametrization.right_inverse(value)
         originals = {"original": value} if held.is_tensor else {f"original{i}": part for i, part in enumerate(value)}
-        state.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in originals.items()})
+        # right_inverse may have set buffers too
+        made = dict(held.named_buffers()) | originals
+        state.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in made.items()})

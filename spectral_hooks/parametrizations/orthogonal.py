@@ -1,0 +1,184 @@
+"""Orthogonal layers: matrices on the Stiefel manifold, and explicit kernels that are orthogonal at every frequency."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..operators import ConvOperator, DenseOperator, as_operator
+from .block_conv import Blocks, compose, decompose
+from .remove import register
+from .stiefel import MAPS, nearest, origin
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+_logger = logging.getLogger("spectral_hooks")
+
+
+def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
+    """Make a layer orthogonal, whatever its parameters become: all its singular values are 1.
+
+    **Linear**: `WᵀW = I` for at least as many outputs as inputs, else `WWᵀ = I`; exact up to rounding. It starts at the nearest
+    orthogonal matrix, the polar factor of the present weight.
+
+    **Convolution** in any dimension, transposed too: an explicit kernel, a product of projector pairs (see `block_conv`), of any
+    kernel size, stride, dilation, number of groups and of channels.
+
+    - On the lattice and with circular padding (as wide as the kernel needs, sizes that the strides divide): orthogonal, exact up
+      to rounding. Inputs that a stride beyond the kernel never reads count for nothing.
+    - With zero padding, any amount: norm at most 1, but **not** orthogonal: the border loses some of the signal.
+    - It starts close to a local optimum of the distance to the present kernel, found by optimizing one factor after the other.
+    - Depthwise with as many outputs as inputs, stride 1: only ± a shift is orthogonal, so there is nothing left to train; a
+      warning is logged.
+
+    `layer.weight = V`, like a plain checkpoint, is taken as it is where it is such a weight (to 1e-5; a strided kernel with more
+    than `inputs · Πstride` outputs only as near as the search comes), and else moved to the nearest one, for kernels the nearest
+    that is found. How far, `‖W - V‖_F / ‖V‖_F`, is logged to `logging.getLogger("spectral_hooks")` and kept as
+    `layer.parametrizations.weight[0].distance`.
+
+    Baked weights are no more orthogonal when averaged (EMA, SWA) or stored in half precision. Averaged parameters of one run
+    give an orthogonal weight again, as long as nothing is assigned in between.
+
+    Args:
+        layer: a linear or convolutional layer, changed in place. Create the optimizer afterwards.
+        map: from free parameters to orthonormal columns: "cayley", "qr", "exp" or "householder", see `stiefel`. "cayley" and
+            "exp" start at zero from a buffer, with the gradient of the tangent space, and keep the determinant.
+
+    Returns:
+        The layer. `sh.remove_spectral` makes it plain again.
+
+    Cost: a matrix `p × q`, `p ≥ q`: `O(p q²)`. A kernel `c → c` with `k^d` taps: about `2 k^d c³`, whatever the batch and the
+    size of the input. Finding the start of a kernel takes up to some dozen times that for each of its factors, in float64: on one
+    core 0.3, 4 and 27 seconds for a 3×3 kernel of 64, 256 and 512 channels.
+
+    Raises:
+        ValueError: the map is unknown; the weight is not finite, pruned, or carries a parametrization from elsewhere; reflect or
+            replicate padding, which repeats inputs.
+        TypeError, NotImplementedError: as `as_operator`.
+
+    Example:
+        >>> import torch, spectral_hooks as sh
+        >>> from spectral_hooks.parametrizations.orthogonal import orthogonal
+        >>> layer = orthogonal(torch.nn.Conv2d(4, 8, 3, stride=2, padding=1))
+        >>> values = sh.singular_values(sh.as_operator(layer).circular(8))
+        >>> bool((values - 1).abs().max() < 1e-5)
+        True
+        >>> layer.parametrizations.weight[0]
+        OrthogonalKernel(map='cayley'; orthogonal for circular padding, norm at most 1 for zero padding)
+
+    Source: Lezcano-Casado and Martínez-Rubio (2019); Li et al. (2019); Boissin et al. (2025).
+    """
+    if map not in MAPS:
+        raise ValueError(f"`map` must be one of {', '.join(MAPS)}; got {map!r}.")
+    op = as_operator(layer)
+    op.lattice_factor  # noqa: B018 (asked for its error: padding that repeats inputs)
+    if isinstance(op, ConvOperator):
+        blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
+        if all(shape[-2:] == (1, 1) for shape in blocks.shapes.values()):
+            _logger.warning("orthogonal: with one channel in and out of each group only ± a shift is left, and nothing to train")
+        return register(layer, OrthogonalKernel(blocks, map, like=op.weight))
+    if isinstance(op, DenseOperator):
+        return register(layer, Orthogonal(op.weight.shape, map, like=op.weight))
+    raise TypeError(f"`layer` must be linear or a convolution; got {type(layer).__name__}.")
+
+
+class Orthogonal(nn.Module):
+    """The parametrization that `orthogonal` registers for matrices: orthonormal columns, or rows of a wide one.
+
+    Args:
+        shape: of the matrices, `(*batch, rows, columns)`.
+        map: as for `orthogonal`.
+        like: for dtype and device of the buffer `base`, which "cayley" and "exp" need.
+    """
+
+    base: Tensor | None
+
+    def __init__(self, shape: tuple[int, ...], map: str, like: Tensor) -> None:
+        super().__init__()
+        self.wide = shape[-2] < shape[-1]
+        self.map = map
+        self.distance = 0.0
+        tall = (*shape[:-2], max(shape[-2:]), min(shape[-2:]))
+        self.register_buffer("base", like.new_zeros(tall, requires_grad=False) if MAPS[map][1] else None)
+
+    def extra_repr(self) -> str:
+        return f"map={self.map!r}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        function, based = MAPS[self.map]
+        free = (x.mT if self.wide else x,)
+        frame = function(*free, self.base) if based else function(*free)
+        return frame.mT if self.wide else frame
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        _check_finite(weight)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        frame = nearest(wide)
+        self.distance = _report(frame, wide)
+        return self.free(frame).to(weight.dtype)
+
+    @torch.no_grad()
+    def free(self, frame: Tensor) -> Tensor:
+        """What is mapped to a weight that is orthonormal; `base` becomes that weight."""
+        x, base = origin(self.map, frame.mT if self.wide else frame)
+        if self.base is not None and base is not None:
+            self.base.copy_(base)
+        return (x.mT if self.wide else x).contiguous()
+
+
+class OrthogonalKernel(nn.Module):
+    """The parametrization that `orthogonal` registers for convolutions: `compose` of factors, each from a map of its own.
+
+    Args:
+        blocks: the sizes of the factors.
+        map, like: as for `Orthogonal`.
+    """
+
+    def __init__(self, blocks: Blocks, map: str, like: Tensor) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.map = map
+        self.distance = 0.0
+        self.parts = nn.ModuleDict({name: Orthogonal(shape, map, like) for name, shape in blocks.shapes.items()})
+
+    def __repr__(self) -> str:
+        return f"OrthogonalKernel(map={self.map!r}; orthogonal for circular padding, norm at most 1 for zero padding)"
+
+    def _parts(self) -> list[tuple[str, Orthogonal]]:
+        return list(cast(Any, self.parts).items())
+
+    def forward(self, *free: Tensor) -> Tensor:
+        dtype, device = free[0].dtype, free[0].device.type
+        wide = torch.promote_types(dtype, torch.float32)
+        frames = {name: part(x.to(wide)) for (name, part), x in zip(self._parts(), free, strict=True)}
+        if not torch.amp.autocast_mode.is_autocast_available(device):
+            return compose(self.blocks, frames).to(dtype)
+        with torch.autocast(device, enabled=False):
+            return compose(self.blocks, frames).to(dtype)
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        _check_finite(weight)
+        found = decompose(self.blocks, weight)
+        self.distance = _report(compose(self.blocks, found), weight)
+        free = tuple(part.free(found[name]).to(weight.dtype) for name, part in self._parts())
+        return free[0] if len(free) == 1 else free
+
+
+def _check_finite(weight: Tensor) -> None:
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError("`weight` contains NaN or infinity, so no orthogonal one is nearest; it is left as it is.")
+
+
+def _report(taken: Tensor, given: Tensor) -> float:
+    """The relative distance, logged."""
+    if given.is_meta:
+        return float("nan")
+    scale = float(given.to(taken).norm())
+    distance = float((taken - given.to(taken)).norm()) / scale if scale else float("inf")
+    _logger.info("orthogonal: a weight of shape %s was moved by %.2g of its norm", tuple(given.shape), distance)
+    return distance
