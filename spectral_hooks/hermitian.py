@@ -95,6 +95,9 @@ def below_(matrices: Tensor, level: float, *, error: float, slack: float, growth
         proven = matrices[:, 0, 0].real + error + slack < level
         return Verdict(proven, torch.zeros_like(proven), 1.0)
     shifted = matrices.neg_()
+    # `‖|R|‖² ≤ ‖R‖_F² = tr A ≤ size · level`, if there is room for that
+    if 8 * (_rounding(min(size, _PANEL), matrices) * size * level + error) < slack:
+        growth = float(size)
     growth = (growth or _guess(shifted[0], level)) * level
     # short sums round less, a single panel is faster
     panel = size if _rounding(size, matrices) * growth + error < slack / 4 else min(size, _PANEL)
@@ -124,7 +127,7 @@ def _factorize_(matrices: Tensor, panel: int) -> tuple[Tensor, Tensor]:
     size = matrices.shape[-1]
     positive = torch.ones(len(matrices), dtype=torch.bool, device=matrices.device)
     # ‖R‖_F² = tr A, up to rounding
-    rest = matrices.diagonal(dim1=-2, dim2=-1).real.sum(-1) * (1 + 4 * _rounding(panel, matrices))
+    rest = trace = matrices.diagonal(dim1=-2, dim2=-1).real.sum(-1) * (1 + 4 * _rounding(panel, matrices))
     largest = torch.zeros_like(rest)
     for start in range(0, size, panel):
         end = min(start + panel, size)
@@ -137,4 +140,4 @@ def _factorize_(matrices: Tensor, panel: int) -> tuple[Tensor, Tensor]:
             for left in range(0, size - end, _STRIP):  # only what lies on and above the diagonal is read again
                 right = min(left + _STRIP, size - end)
                 matrices[:, end + left : end + right, end + left :] -= rows[:, :, left:right].mH @ rows[:, :, left:]
-    return positive, (largest + rest.clamp(min=0).sqrt()).square()
+    return positive, torch.minimum((largest + rest.clamp(min=0).sqrt()).square(), trace)

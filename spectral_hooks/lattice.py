@@ -252,7 +252,7 @@ def _below(quick: Gram, gram: Gram, cells: Cells, level: float, slack: float) ->
         )
         if quick is not gram and doubtful.any():
             rest = part.at(doubtful)
-            proven[doubtful] = below_(gram(rest.group, rest.centre), level, error=gram.error, slack=0.01 * slack).proven
+            proven[doubtful] = below_(gram(rest.group, rest.centre), level, error=gram.error, slack=0.1 * slack).proven
         masks.append(proven)
     return torch.cat(masks)
 

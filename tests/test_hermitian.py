@@ -49,6 +49,8 @@ def test_what_is_proven_is_true_and_what_has_room_is_proven(size: int, dtype: to
             if gap >= max(1e-3, 50 * size**2 * eps):
                 assert bool(verdict.proven), (name, gap)
             assert not bool(verdict.proven & verdict.doubtful)
+            # or a branch and bound would split cells for ever
+            assert not (dtype == torch.complex128 and gap >= 1e-3 and bool(verdict.doubtful)), (name, gap)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -554,6 +554,16 @@ def test_wide_matrices(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(torch.linalg.svdvals(clipped), values, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("rtol", [1e-2, 1e-3, 1e-4])
+def test_the_search_ends_on_clipped_kernels(rtol: float) -> None:
+    """Their largest singular value is attained on a whole region."""
+    for seed, shape in enumerate([(3, 8, 3, 3), (3, 3, 4, 4), (8, 4, 7), (2, 2, 2, 2, 2)]):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        op = sh.ConvOperator(weight, stride=1 + seed % 2)
+        inside = op.with_weight(sh.projections.clip(op, 1.0))
+        assert 0.99 <= float(sh.spectral_norm(inside, rtol=rtol)) <= 1 + rtol
+
+
 def test_gradients_where_the_kernel_is_zero() -> None:
     """A zero kernel has a finite gradient; outer taps that are zero have the gradient that their neighbours have."""
     zero = torch.zeros(3, 2, 3, 3, requires_grad=True)
