@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import socket
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,12 @@ def whole(model: nn.Module) -> list[Tensor]:
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -71,17 +80,45 @@ def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:
 
 @pytest.mark.parametrize(("kind", "distribute"), [("ddp", True), ("fsdp2", False), ("fsdp2", True)])
 def test_two_processes_as_one(kind: str, distribute: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, args=(port, kind, distribute, folder), nprocs=2)
+        mp.spawn(run, args=(free_port(), kind, distribute, folder), nprocs=2)
         ours = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     alone = network()
     train(alone, sh.SpectralClip(0.8))
     for here, there, one in zip(*ours, whole(alone), strict=True):
         assert torch.equal(here, there)
         torch.testing.assert_close(here, one, rtol=1e-6, atol=1e-6)
+
+
+def run_until_one_dies(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    model, hook = network(), sh.SpectralClip(0.8, distribute=True)
+    train(model, hook)
+    if rank == 1:
+        os._exit(3)
+    start = time.monotonic()
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    with pytest.raises((RuntimeError, ValueError)):
+        hook.start(model)
+    Path(folder, "waited").write_text(str(time.monotonic() - start))
+    # leaving in an orderly way would wait for the other
+    os._exit(0)
+
+
+def test_a_process_that_dies_leaves_no_hang() -> None:
+    """The other gets an error, at the latest after the timeout of its process group."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        port = free_port()
+        processes = [context.Process(target=run_until_one_dies, args=(rank, port, folder)) for rank in (0, 1)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=90)
+        assert [process.exitcode for process in processes] == [0, 3]
+        assert float(Path(folder, "waited").read_text()) < 25
 
 
 def test_sharing_alone_changes_nothing() -> None:
