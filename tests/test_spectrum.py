@@ -536,7 +536,7 @@ def test_wide_convolutions(kind: str) -> None:
         weight = torch.einsum("o,i,x,y->oixy", torch.randn(40), torch.randn(48), torch.randn(3), torch.randn(3))
     op = sh.ConvOperator(weight, padding=1)
     for rtol in (1e-2, 1e-3):
-        assert by_full_svd(weight, 48) <= float(sh.spectral_norm(op, rtol=rtol)) <= by_full_svd(weight, 64) * (1 + rtol + 4e-3)
+        assert by_full_svd(weight, 48) <= float(sh.spectral_norm(op, rtol=rtol)) <= by_full_svd(weight, 64) * (1 + rtol + 2.5e-3)
     for size in (5, 16, 40):
         norm = float(sh.spectral_norm(op.circular(size)))
         assert norm == pytest.approx(by_full_svd(weight, size), rel=3e-6)

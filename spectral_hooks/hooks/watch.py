@@ -21,6 +21,8 @@ from ..operators.base import LinearOperator, full_precision
 
 #: Wider matrices are not tested at several frequencies: a certificate of the weight itself costs little more.
 _WIDE = 256
+#: What the rounding of a difference and of its norm in single precision leaves of the room.
+_ROUNDING = 1 - 1e-5
 #: Up to this ratio of norm to bound what is taken away is small: one proximal step, with half the digits, will do.
 _NEAR = 1.2
 #: How deep the first clip after a certificate goes, and the least.
@@ -53,9 +55,11 @@ def still_inside(ops: Sequence[LinearOperator], known: Sequence[Known | None], m
             or last.weight.dtype != op.weight.dtype
         ):
             continue
-        moved = (op.weight.detach() - last.weight.to(op.weight.device)).to(torch.promote_types(op.weight.dtype, torch.float32))
+        # half precision would round the difference itself
+        dtype = torch.promote_types(op.weight.dtype, torch.float32)
+        moved = op.weight.detach().to(dtype) - last.weight.to(op.weight.device, dtype)
         kernel = op.with_weight(moved).canonical()
-        room = (max_norm - last.norm) / op.lattice_factor
+        room = (max_norm - last.norm) / op.lattice_factor * _ROUNDING
         # rank one at every tap, all in phase: also for a weight that has not moved at all; NaN compares as not inside
         far = float(torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()) * sqrt(prod(kernel.shape[3:]))
         inside[i] = far <= room
