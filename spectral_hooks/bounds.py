@@ -11,15 +11,17 @@ the rounding, and the cast to the weight's dtype rounds up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from itertools import product as combinations
-from math import ceil, cos, inf, isfinite, log2, pi, prod, sqrt
+from math import ceil, cos, inf, isfinite, log, pi, prod, sqrt
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 
 from .krylov import matrix_norm, with_gradient
 from .lattice import grid_norm, normalized
-from .operators.base import LinearOperator
+from .operators.base import LinearOperator, float32_is_kept, full_precision
 from .operators.symbols import half_plane, symbol
 
 #: A bound: operator → 0-d tensor.
@@ -27,9 +29,16 @@ Bound = Callable[[LinearOperator], Tensor]
 
 #: Bytes of symbols held at once.
 _CHUNK_BYTES = 1 << 27
+#: Bytes of symbols of the rows that `kernel_gram` keeps, and of one block where these are all.
+_PANEL_BYTES, _BLOCK_BYTES = 3 << 26, 1 << 23
 #: Matrices up to this size are decomposed in batches.
 _SMALL = 64
+#: Channels from which the last powers of a kernel are held in float32, and the share of a bound that its rounding may be.
+_SINGLE_FROM, _SINGLE_SHARE = 32, 1e-3
 _EPS = torch.finfo(torch.float64).eps
+_SQRT2 = sqrt(2)
+#: Below it float32 may know nothing of a symbol's norm, whose fourth power is taken.
+_UNDERFLOW = 1e-8
 
 
 def cosine_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
@@ -98,7 +107,8 @@ def gram_iteration(op: LinearOperator, *, steps: int = 6, oversampling: float = 
         0-d tensor in the dtype of the weight, at least float32. Upper bound, differentiable everywhere but at ties between
         frequencies, without singular vectors.
 
-    Cost: `O((t + 1) N^d c³)`; for a circular operator `N` is its input size.
+    Cost: `O(N^d c³)` in float32, and `O(t c³)` in float64 for the few frequencies near the largest: one whose norm after some
+        squarings is below the final norm of another is dropped. For a circular operator `N` is its input size.
 
     Raises:
         ValueError: an argument out of range, or NaN or infinity in the weight.
@@ -116,7 +126,7 @@ def gram_iteration(op: LinearOperator, *, steps: int = 6, oversampling: float = 
 
     def formula(kernel: Tensor) -> Tensor:
         sizes, factor = _sampling(op, kernel, oversampling, own_grid=True)
-        return _largest(kernel, sizes, lambda part, theta: _iterated(symbol(part, theta), steps)) * factor
+        return _largest_iterated(kernel, sizes, steps) * factor
 
     return _certified(op, formula)
 
@@ -127,8 +137,9 @@ def kernel_gram(op: LinearOperator, *, steps: int = 4) -> Tensor:
         ‖A‖ ≤ max_i (Σ_{j, l} |R_t[i, j, l]|)^(1 / 2^t),   R_1 = K ⋆ K,   R_{t+1} = R_t ∗ R_t,
 
     with `R_t`, of `2^t (k - 1) + 1` taps per axis, the kernel of `(A Aᵀ)^(2^(t-1))` on the lattice. Zero padding in the
-    convolutions makes it hold for every input size. Computed by Fourier transforms of that length, in which the products are
-    exact.
+    convolutions makes it hold for every input size. Each is computed by Fourier transforms of its own length, block after block
+    on and above the diagonal; the last, whose error counts `2^t` times less, in float32 where its rounding is bounded by 1e-3 of
+    the result.
 
     Args:
         op: any operator.
@@ -137,7 +148,8 @@ def kernel_gram(op: LinearOperator, *, steps: int = 4) -> Tensor:
     Returns:
         0-d tensor in the dtype of the weight, at least float32. Upper bound, differentiable where the largest row is unique.
 
-    Cost: `O(t (2^t k)^d c³)` time, `O((2^t k)^d c²)` memory, with `c` the smaller number of channels.
+    Cost: `O((2^t k)^d c³)` time, with `c` the smaller number of channels; memory for `R_{t-1}`, of `(2^(t-1) k)^d c²` entries,
+    in float32 from 32 channels on, and 0.5 GiB. The gradient, of one row, is a few per cent of that.
 
     Raises:
         ValueError: `steps` is no positive int, or NaN or infinity in the weight.
@@ -157,25 +169,10 @@ def kernel_gram(op: LinearOperator, *, steps: int = 4) -> Tensor:
             kernel = kernel.unsqueeze(-1)
         if kernel.shape[1] > kernel.shape[2]:
             kernel = kernel.transpose(1, 2)
-        axes = tuple(range(3, kernel.ndim))
-        sizes = [2**steps * (k - 1) + 1 for k in kernel.shape[3:]]
-        symbols = torch.fft.rfftn(kernel, s=sizes, dim=axes).movedim((1, 2), (-2, -1))
-        grams = symbols @ symbols.mH  # (groups, *frequencies, n, n)
-        spread = (-1, *[1] * (grams.ndim - 1))
-        logs = grams.new_zeros(len(grams), dtype=torch.float64)
-        for _ in range(steps - 1):
-            # a number, not a function of the kernel: what is divided out comes back below
-            scale = torch.linalg.matrix_norm(grams.detach()).flatten(1).amax(1).clamp(min=1e-150)
-            grams = grams / scale.reshape(spread)
-            grams = grams @ grams
-            logs = 2 * (logs + scale.log())
-        kernels = torch.fft.irfftn(grams.movedim((-2, -1), (1, 2)), s=sizes, dim=axes)
-        sums = kernels.abs().flatten(2).sum(-1)
-        # rounding errors add up over a row; powers beyond the range of a double are those of a group that does not matter
-        n, positions = kernel.shape[1], prod(sizes)
-        room = 1 + 8 * _EPS * sqrt(n * positions) * (n + log2(positions) + 1)
-        norms = ((sums.amax(1) * room).clamp(min=1e-300).log() + logs) / 2**steps
-        return norms.amax().exp()
+        norm, group, row = _by_powers(kernel.detach().movedim((0, 1, 2), (-3, -2, -1)), steps)
+        if not kernel.requires_grad:
+            return norm
+        return with_gradient(norm, _row_of_power(kernel[group], row, steps))
 
     return _certified(op, formula)
 
@@ -366,6 +363,7 @@ def padding(op: LinearOperator) -> Tensor:
 # -- what they share --------------------------------------------------------------------------------------------------------
 
 
+@full_precision
 def _certified(op: LinearOperator, formula: Callable[[Tensor], Tensor], factor: float | None = None) -> Tensor:
     """A bound that holds as computed, from its formula on the canonical kernel in float64 with entries of order one."""
     weight = op.weight
@@ -433,20 +431,254 @@ def _largest(kernel: Tensor, sizes: tuple[int, ...], values: Callable[[Tensor, T
     return with_gradient(found[where, group], values(kernel[group : group + 1], theta[where : where + 1])[0, 0])
 
 
+def _largest_iterated(kernel: Tensor, sizes: tuple[int, ...], steps: int) -> Tensor:
+    """The maximum of `_iterated` over groups and a frequency grid; differentiated at the winner.
+
+    A value falls with every squaring. So what is, in float32 and with room for its rounding, below a final value drops out, and
+    of the rest the final values are computed in float64.
+    """
+    theta, _ = half_plane(sizes, kernel)
+    best, where, group = kernel.new_tensor(-1.0), 0, 0
+    with torch.no_grad():
+        count = max(_CHUNK_BYTES // (64 * prod(kernel.shape[:3])), 1)
+        for start in range(0, len(theta), count):
+            symbols = symbol(kernel, theta[start : start + count]).flatten(0, 1)
+            symbols = symbols if sizes else symbols.real
+            index, upper = _near_the_largest(symbols, steps, float(best))
+            # one sorts out most, the others together
+            for some in (upper.topk(min(1, len(upper))).indices, slice(None)):
+                chosen = index[some][upper[some] >= float(best)]
+                if len(chosen):
+                    found, top = _iterated(symbols[chosen], steps).max(0)
+                    if found > best:
+                        best, (where, group) = found, divmod(int(chosen[top]), kernel.shape[0])
+                        where += start
+    if not kernel.requires_grad:
+        return best
+    block = symbol(kernel[group : group + 1], theta[where : where + 1])[0]
+    return with_gradient(best, _iterated(block if sizes else block.real, steps)[0])
+
+
+def _near_the_largest(symbols: Tensor, steps: int, best: float) -> tuple[Tensor, Tensor]:
+    """Which of the symbols can have a value of `_iterated` above `best`, and what it is at most."""
+    index = torch.arange(len(symbols), device=symbols.device)
+    upper = torch.full_like(index, inf, dtype=torch.float64)
+    if len(symbols) == 1:
+        return index, upper
+    rows, columns = sorted(symbols.shape[-2:])
+    dtype = (torch.complex64 if symbols.is_complex() else torch.float32) if float32_is_kept() else symbols.dtype
+    # a product is off by `√2 (m + 4) eps ‖F‖_F²`, and `‖F F*‖_F ≥ ‖F‖_F² / √n`; half of it counts, of the next a quarter, …
+    room = 1 + 1.1 * _SQRT2 * (columns + 4) * (sqrt(rows) + 1) * torch.finfo(dtype).eps
+    gram, logs = _gram(symbols.to(dtype)), symbols.new_zeros(len(symbols), dtype=torch.float64)
+    for step in range(steps + 1):
+        gram, logs = _squared(gram, logs) if step else (gram, logs)
+        upper = (_root(gram, logs, step) * room).clamp(min=_UNDERFLOW)
+        if best < 0 and step == 1:  # to begin with
+            best = float(_iterated(symbols[index[upper.argmax()]][None], steps))
+        kept = upper >= best
+        index, gram, logs, upper = index[kept], gram[kept], logs[kept], upper[kept]
+    return index, upper
+
+
 def _iterated(symbols: Tensor, steps: int) -> Tensor:
     """`‖G^(2^t)‖_F^(1 / 2^(t+1))` with `G = F F*`, for every matrix."""
+    gram = _gram(symbols)
+    logs = torch.zeros(gram.shape[:-2], dtype=torch.float64, device=gram.device)
+    for _ in range(steps):
+        gram, logs = _squared(gram, logs)
+    return _root(gram, logs, steps)
+
+
+def _gram(symbols: Tensor) -> Tensor:
     if symbols.shape[-2] > symbols.shape[-1]:
         symbols = symbols.mT
-    gram = symbols @ symbols.mH
+    return symbols @ symbols.mH
+
+
+def _squared(gram: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    """The square of every matrix over its norm, and with it the logarithm of all that was divided out."""
+    scale = _squares(gram.detach()).sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    gram = gram / scale.to(gram.dtype)[..., None, None]
+    return gram @ gram, 2 * (logs + scale.log())
+
+
+def _root(gram: Tensor, logs: Tensor, steps: int) -> Tensor:
+    """`(‖G_t‖_F e^logs)^(1 / 2^(t+1))`; zero for a matrix that is zero."""
     zero = (gram.detach() == 0).all(-1).all(-1)
-    logs = torch.zeros_like(zero, dtype=torch.float64)
-    for _ in range(steps):
-        scale = torch.linalg.matrix_norm(gram.detach()).clamp(min=1e-150)
-        gram = gram / scale[..., None, None]
-        gram = gram @ gram
-        logs = 2 * (logs + scale.log())
-    norms = torch.linalg.matrix_norm(gram).clamp(min=1e-300)
+    norms = _squares(gram).clamp(min=1e-300).sqrt()
     return torch.where(zero, 0, ((norms.log() + logs) / 2 ** (steps + 1)).exp())
+
+
+def _by_powers(kernel: Tensor, steps: int) -> tuple[Tensor, int, int]:
+    """The bound of `kernel_gram`, for a kernel `(*taps, groups, n, m)`, and the group and row that attain it.
+
+    With `R̃` for what is computed, `‖R̃_t‖² ≤ ‖R̃_{t+1}‖ + e_{t+1}`, where `e` bounds the rounding of one step. So the sums at the
+    end are carried back step by step, and `e_t` counts `2^-t`.
+    """
+    single = kernel.shape[-2] >= _SINGLE_FROM and steps > 1 and float32_is_kept()
+    factors = kernel, kernel.flip(tuple(range(kernel.ndim - 3))).mT
+    passed: list[tuple[Tensor, Tensor]] = []
+    for step in range(1, steps):
+        power, scale, error = _convolved(*factors, torch.float32 if single and step == steps - 1 else torch.float64)
+        factors = power, power
+        passed.append((scale, error))
+    for dtype in (torch.float32, torch.float64) if single else (torch.float64,):
+        sums, error = _row_sums(*factors, dtype)
+        if bool((error <= _SINGLE_SHARE * 2**steps * sums.amax(1)).all()):
+            break
+    norms = (sums.amax(1) + error).sqrt()
+    for scale, error in reversed(passed):
+        norms = (scale * norms + error).sqrt()
+    group = int(norms.argmax())
+    return norms[group], group, int(sums[group].argmax())
+
+
+def _convolved(first: Tensor, second: Tensor, store: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The product, exactly symmetric, over a power of two per group, these powers, and what rounding takes from its norm."""
+    *taps, groups, n, _ = first.shape
+    lags = tuple(range(len(taps)))
+    found = first.new_empty(*(2 * k - 1 for k in taps), groups, n, n, dtype=store)
+
+    def take(rows: slice, columns: slice, block: Tensor) -> None:
+        found[..., rows, columns] = block
+        if columns.start >= rows.stop:
+            found[..., columns, rows] = block.flip(lags).mT
+        elif columns.stop >= rows.stop:
+            square = found[..., rows, rows]
+            square.copy_((square + square.flip(lags).mT) / 2)
+
+    error = _each_block(first, second, torch.float64, store, take)
+    dims = (*lags, -2, -1)
+    largest = torch.maximum(found.amax(dims), -found.amin(dims)).double()
+    scale = torch.where(largest > 0, largest, 1).log2().floor().exp2()
+    return found.div_(scale.to(store)[:, None, None]), scale, error
+
+
+def _row_sums(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The absolute sums of the rows of the product, `(groups, n)`, and per group what rounding takes from its norm."""
+    *taps, groups, n, _ = first.shape
+    sums = first.new_zeros(groups, n, dtype=torch.float64)
+
+    def take(rows: slice, columns: slice, block: Tensor) -> None:
+        sizes = block.abs_().sum(tuple(range(len(taps)))).double()
+        # in the squares on the diagonal both triangles are there, equal but for rounding
+        share = 1.0 if columns.start >= rows.stop else 0.5
+        sums[:, rows] += share * sizes.sum(-1)
+        sums[:, columns] += share * sizes.sum(-2)
+
+    error = _each_block(first, second, dtype, dtype, take)
+    return sums * (1 + prod(2 * k - 1 for k in taps) * torch.finfo(dtype).eps), error
+
+
+def _each_block(
+    first: Tensor, second: Tensor, dtype: torch.dtype, store: torch.dtype, take: Callable[[slice, slice, Tensor], None]
+) -> Tensor:
+    """Convolve two kernels whose product is symmetric, in blocks of rows and columns that cover the diagonal and what is above.
+
+    Returns a bound of the rounding, in the norm of the product, per group. Let `F` be the symbol of either. In root mean square
+    over the frequencies, where `‖F(θ)‖_F` has that of `‖K‖_F`, the transform along axis `i`, of sums of `k_i` products with a
+    relative error `a_i`, takes `a_i √k_i ‖K‖_F`. From the products of symbols, of norm `‖F(θ)‖_F² ≤ g²`, rounding takes
+    `√2 m eps ‖F(θ)‖_F²`, and the transform back then `b_i √N_i ‖F(θ)‖_F²`. And a kernel of `L` lags has at most the norm `√L`
+    times the root mean square of its symbol's.
+    """
+    *taps, groups, n, m = first.shape
+    sizes = tuple(2 * k - 1 for k in taps)
+    half = sizes[0] // 2 + 1
+    row_bytes = 2 * dtype.itemsize * half * prod(sizes[1:]) * groups * max(n, m)
+    square_sums = first.new_zeros(half, *sizes[1:], groups, dtype=torch.float64)
+    for rows in _parts(0, n, _PANEL_BYTES // row_bytes):
+        left = _spectra(first[..., rows, :].to(dtype), sizes)
+        square_sums += _squares(left)
+        whole = first is second and rows == slice(0, n)
+        most = _BLOCK_BYTES // row_bytes if whole else _PANEL_BYTES // (3 * row_bytes)
+        for columns in _parts(rows.start, n, most, rows.stop):
+            right = left[..., columns] if whole else _spectra(second[..., columns].to(dtype), sizes)
+            take(rows, columns, _kernel_of(left @ right, sizes))
+            del right
+        del left  # the next is as large
+    counts = square_sums.new_tensor([1.0] + [2.0] * (half - 1)).reshape(-1, *[1] * len(taps)) / prod(sizes)
+    largest, mean = square_sums.flatten(0, -2).amax(0), (counts * square_sums).flatten(0, -2).sum(0)
+    rms = (counts * square_sums.square()).flatten(0, -2).sum(0).sqrt()
+    symbols, back = (sum(_SQRT2 * (k + 6) * sqrt(k) for k in lengths) for lengths in (taps, sizes))
+    products = (_SQRT2 * m + back) * rms + 2 * symbols * (largest * mean).sqrt()
+    return 1.1 * sqrt(prod(sizes)) * (torch.finfo(dtype).eps * products + torch.finfo(store).eps * rms)
+
+
+def _parts(start: int, end: int, most: int, stop: int | None = None) -> list[slice]:
+    """Nearly equal parts of at most so many, with one that ends at `stop`."""
+    if stop is not None and stop < end:
+        return _parts(start, stop, most) + _parts(stop, end, most)
+    count = -(-(end - start) // max(most, 1))
+    edges = [start + (end - start) * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+def _squares(matrices: Tensor) -> Tensor:
+    """`‖·‖_F²` of every matrix, in float64."""
+    parts = torch.view_as_real(matrices).flatten(-2) if matrices.is_complex() else matrices
+    return torch.linalg.vector_norm(parts, dim=-1).double().square().sum(-1)
+
+
+def _waves(frequencies: Tensor, positions: Tensor, size: int) -> Tensor:
+    """`2π f t / size` for every frequency and position, reduced first."""
+    return (frequencies[:, None] * positions % size).double() * (2 * pi / size)
+
+
+def _spectra(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The symbols at the frequencies `2π j / sizes`, the first axis up to π: `(*frequencies, groups, n, m)`; real without taps.
+
+    One axis after the other is a matrix product, faster here than an FFT, and with a known bound of its rounding.
+    """
+    if prod(sizes) == 1:
+        return kernel
+    index = [torch.arange(n, device=kernel.device) for n in (*kernel.shape[: len(sizes)], *sizes)]
+    positions, frequencies = index[: len(sizes)], index[len(sizes) :]
+    angles = _waves(frequencies[0][: sizes[0] // 2 + 1], positions[0], sizes[0])
+    flat = kernel.flatten(1)
+    found = torch.complex(angles.cos().to(kernel) @ flat, -angles.sin().to(kernel) @ flat)
+    found = found.unflatten(1, kernel.shape[1:])
+    for axis in range(1, len(sizes)):
+        angles = _waves(frequencies[axis], positions[axis], sizes[axis])
+        wave = torch.complex(angles.cos(), -angles.sin()).to(found)
+        rest = found.shape[axis + 1 :]
+        found = (wave @ found.flatten(axis + 1)).unflatten(axis + 1, rest)
+    return found
+
+
+def _kernel_of(spectra: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The real kernel with these symbols: the inverse of `_spectra`."""
+    if prod(sizes) == 1:
+        return spectra.clone()
+    index = [torch.arange(n, device=spectra.device) for n in sizes]
+    for axis in range(len(sizes) - 1, 0, -1):
+        angles = _waves(index[axis], index[axis], sizes[axis])
+        wave = torch.complex(angles.cos(), angles.sin()).to(spectra) / sizes[axis]
+        rest = spectra.shape[axis + 1 :]
+        spectra = (wave @ spectra.flatten(axis + 1)).unflatten(axis + 1, rest)
+    half = index[0][: sizes[0] // 2 + 1]
+    angles = _waves(index[0], half, sizes[0])
+    counts = (1 + (half > 0).double()) / sizes[0]
+    flat = spectra.flatten(1)
+    found = (angles.cos() * counts).to(flat.real) @ flat.real
+    found -= (angles.sin() * counts).to(flat.real) @ flat.imag
+    return found.unflatten(1, spectra.shape[1:])
+
+
+def _row_of_power(kernel: Tensor, row: int, steps: int) -> Tensor:
+    """`(Σ |R_t[row]|)^(1 / 2^t)` for a kernel `(n, m, *taps)`, from `R_t[row] = (A Aᵀ)^(2^(t-1)) δ_row` by convolutions."""
+    dims = kernel.ndim - 2
+    forward = (conv1d, conv2d, conv3d)[dims - 1]
+    adjoint = (conv_transpose1d, conv_transpose2d, conv_transpose3d)[dims - 1]
+    x = kernel.new_zeros(1, len(kernel), *[1] * dims)
+    x[0, row] = 1
+    logs = 0.0
+    for _ in range(2 ** (steps - 1)):
+        x = forward(adjoint(x, kernel), kernel, padding=[k - 1 for k in kernel.shape[2:]])
+        # a number, not a function of the kernel
+        length = max(float(torch.linalg.vector_norm(x.detach())), 1e-150)
+        x, logs = x / length, logs + log(length)
+    return ((x.abs().sum().clamp(min=1e-300).log() + logs) / 2**steps).exp()
 
 
 def _frobenius(kernel: Tensor, theta: Tensor) -> Tensor:

@@ -185,28 +185,35 @@ def _rank_one(kernel: Tensor, steps: int, starts: int, generator: torch.Generato
         return _unit(torch.complex(*parts).to(kernel.device))
 
     u, factors = draw(rows), [draw(size) for size in taps]
-    flat = kernel.reshape(groups, rows, columns, -1).to(u.dtype)
-    by_taps = flat.flatten(1, 2).mT  # (groups, taps, rows · columns)
-    by_rows = flat.flatten(2)  # (groups, rows, columns · taps)
+    by_rows = kernel.reshape(groups, rows, -1)
+    by_columns = kernel.transpose(1, 2).reshape(groups, columns, -1)
     wave = _outer(factors, u)
-    v = u
     for _ in range(steps):
-        matrix = (wave @ by_taps).unflatten(-1, (rows, columns))
-        v = _unit((u.unsqueeze(-2) @ matrix).squeeze(-2).conj())
-        u = _unit((matrix @ v.unsqueeze(-1)).squeeze(-1).conj())
+        v = _unit(_along(_contracted(u, by_rows, columns), wave).conj())
+        seen = _contracted(v, by_columns, rows)
+        u = _unit(_along(seen, wave).conj())
         # the kernel between u and v: a tensor of the taps alone
-        seen = (u @ by_rows).unflatten(-1, (columns, -1))
-        core = (v.unsqueeze(-2) @ seen).squeeze(-2).reshape(groups, starts, *taps)
+        core = (u.unsqueeze(-2) @ seen).squeeze(-2).reshape(groups, starts, *taps)
         for axis in range(len(taps)):
             rest = core.movedim(2 + axis, 2)
             for other in reversed([f for i, f in enumerate(factors) if i != axis]):
                 rest = (rest * other.reshape(groups, starts, *[1] * (rest.ndim - 3), -1)).sum(-1)
             factors[axis] = _unit(rest.conj())
         wave = _outer(factors, u)
-    matrix = (wave @ by_taps).unflatten(-1, (rows, columns))
-    values = (u.unsqueeze(-2) @ matrix @ v.unsqueeze(-1)).abs().flatten()
+    values = (core.reshape(wave.shape) * wave).sum(-1).abs().flatten()
     group, best = divmod(int(values.argmax()), starts)
     return group, u[group, best], v[group, best], wave[group, best]
+
+
+def _contracted(vectors: Tensor, kernel: Tensor, rows: int) -> Tensor:
+    """Complex vectors `(groups, starts, n)` times a real kernel `(groups, n, rows · taps)`: `(groups, starts, rows, taps)`."""
+    real, imag = (torch.cat([vectors.real, vectors.imag], 1) @ kernel).chunk(2, 1)
+    return torch.complex(real, imag).unflatten(-1, (rows, -1))
+
+
+def _along(seen: Tensor, wave: Tensor) -> Tensor:
+    """What is left of `(groups, starts, rows, taps)` along the wave, `(groups, starts, rows)`."""
+    return (seen @ wave.unsqueeze(-1)).squeeze(-1)
 
 
 def _outer(factors: list[Tensor], like: Tensor) -> Tensor:

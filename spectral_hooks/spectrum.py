@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, prod
 
 import torch
@@ -12,7 +12,7 @@ from .krylov import largest, matrix_norm, with_gradient
 from .lattice import grid_norm, lattice_norm, normalized
 from .operators.base import Grid, LinearOperator, full_precision
 from .operators.conv import ConvOperator
-from .operators.symbols import half_plane, symbol
+from .operators.symbols import Gram, half_plane, symbol
 
 #: Entries of the largest dense matrix that is decomposed when all singular values are asked for (2 GiB in float64).
 _DENSE_ENTRIES = 1 << 28
@@ -31,7 +31,9 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     """Singular values of a finite operator, descending, repeated ones as often as they occur.
 
     - matrices: exact, by SVD, `O(mn min(m, n))`;
-    - circular convolutions: exact, `O(n² c³)`: the union over the frequency grid of the symbol's (Sedghi, Gupta, Long 2019);
+    - circular convolutions: exact, `O(n² c³)`: the union over the frequency grid of the symbol's (Sedghi, Gupta, Long 2019).
+      A float32 symbol that is far from square (strides, unequal channels) and needs no gradient goes through the eigenvalues of
+      `F F*` in float64: faster, and no less accurate;
     - all others (zero padding): exact, by SVD of the dense matrix, when that is small; the `k` largest of any size by a
       matrix-free block Krylov method, to 1e-6 of the largest or better.
 
@@ -74,16 +76,43 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
 def _on_grid(op: LinearOperator, grid: Grid, count: int) -> Tensor:
     """The union of the symbol's singular values over a frequency grid."""
     kernel = op.canonical()
-    theta, copies = half_plane(tuple(size for size, _ in grid), kernel)
-    repeats = prod(repeat for _, repeat in grid)
+    # along an axis with one tap only the phase of the symbol changes
+    constant = [axis for axis in range(len(grid)) if kernel.shape[3 + axis] == 1]
+    sizes = tuple(size for axis, (size, _) in enumerate(grid) if axis not in constant)
+    repeats = prod(repeat for _, repeat in grid) * prod(grid[axis][0] for axis in constant)
+    kernel = kernel.squeeze([3 + axis for axis in constant])
+    theta, copies = half_plane(sizes, kernel)
     chunk = max(_CHUNK_BYTES // (2 * kernel.element_size() * prod(kernel.shape[:3])), 1)
     if len(theta) == 1:  # the only frequency is zero, where the symbol is real
         values = torch.linalg.svdvals(symbol(kernel, theta).real)
     else:
-        values = torch.cat([torch.linalg.svdvals(symbol(kernel, part)) for part in theta.split(chunk)])
+        at = _symbol_values(kernel, len(theta))
+        values = torch.cat([at(part) for part in theta.split(chunk)])
     values = values.repeat_interleave(copies.long() * repeats, dim=0).flatten()
     values = values.sort(descending=True).values[:count]
     return torch.cat([values, values.new_zeros(count - len(values))])
+
+
+def _symbol_values(kernel: Tensor, frequencies: int) -> Callable[[Tensor], Tensor]:
+    """The function from frequencies to the singular values of the symbol, `(n, groups, min(rows, columns))`."""
+    rows, columns = kernel.shape[1:3]
+    if min(rows, columns) == 1:
+        return lambda theta: torch.linalg.vector_norm(symbol(kernel, theta), dim=(-2, -1)).unsqueeze(-1)
+    lags = prod(2 * taps - 1 for taps in kernel.shape[3:]) // 2 + 1
+    oblong = 2 * max(rows, columns) >= 3 * min(rows, columns)
+    traced = kernel.requires_grad and torch.is_grad_enabled()
+    if oblong and not traced and frequencies > 2 * lags and kernel.dtype == torch.float32 and kernel.device.type == "cpu":
+        # roots of eigenvalues lose half of the digits, and float64 has twice those of float32
+        gram = Gram(kernel.double())
+        return lambda theta: _gram_values(gram, theta).to(kernel.dtype)
+    return lambda theta: torch.linalg.svdvals(symbol(kernel, theta))
+
+
+def _gram_values(gram: Gram, theta: Tensor) -> Tensor:
+    """Singular values as roots of the eigenvalues of `G(θ)`: `(n, groups, size)`, ascending."""
+    angles = theta.to(gram.lags) @ gram.lags.T
+    blocks = torch.complex(angles.cos() @ gram.even, -angles.sin() @ gram.odd).transpose(0, 1)
+    return torch.linalg.eigvalsh(blocks.unflatten(2, (gram.size, gram.size))).clamp(min=0).sqrt()
 
 
 @full_precision

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import spectral_hooks as sh
-from spectral_hooks.parametrizations.clipped import _BandedValues, banded, clipped
+from spectral_hooks.parametrizations.clipped import Clipped, _BandedValues, _Excess, _excess, banded, clipped
 from spectral_hooks.parametrizations.remove import remove_spectral
 
 COPYING = ("reflect", "replicate")
@@ -97,6 +97,44 @@ def test_gradient_where_singular_values_vanish(rank: int) -> None:
     assert bool(x.grad.isfinite().all()), "the polar factor has no derivative here, but no NaN either"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 5, 3), (2, 3, 5), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize("level", [0.01, 0.5, 1.0, 2.0, 100.0])
+def test_excess_by_gram_matrices_is_that_of_the_svd(dtype: torch.dtype, shape: tuple[int, ...], level: float) -> None:
+    """Far above the level, by the SVD itself."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    u, s, vh = torch.linalg.svd(x.detach(), full_matrices=False)
+    y, peak = _excess(x, level)
+    assert torch.allclose(y, (u * (s - level).clamp(min=0).unsqueeze(-2)) @ vh, atol=1e-12)
+    assert peak == pytest.approx(float(s.max())) or min(peak, float(s.max())) > 30 * level
+    assert torch.autograd.gradcheck(lambda x: _excess(x, level)[0], (x,))
+
+
+@pytest.mark.parametrize("level", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize(
+    "values", [(2, 2, 2, 2), (2, 2, 0.8, 0.8), (1.1, 1.1 + 1e-13, 1.1, 0.7), (2, 0.5, 0, 0), (0, 0, 0, 0)], ids=str
+)
+def test_gradient_of_the_excess_where_singular_values_coincide_or_vanish(values: tuple[float, ...], level: float) -> None:
+    if level in values:
+        level += 0.1  # there it has a kink
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 4, dtype=torch.float64)).Q for n in (4, 6))
+    x = ((u * torch.tensor(values, dtype=torch.float64)) @ v.T)[None].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: _Excess.apply(x / level)[0] * level, (x,))
+
+
+def test_excess_in_float32_is_as_close_as_its_squares_allow() -> None:
+    torch.manual_seed(0)
+    for gain in (1.0, 5.0, 25.0, 1e4):
+        x = gain * torch.randn(8, 16, 16, dtype=torch.complex128) / 8
+        exact, _ = _excess(x, 0.5)
+        found, _ = _excess(x.to(torch.complex64), 0.5)
+        assert float((found - exact).abs().max()) <= 1e-6 * max(gain, 1)
+        clip = torch.linalg.svdvals(x.to(torch.complex64) - found)
+        assert float(clip.max()) <= 0.5 * (1 + 1e-4 * max(1, gain / 100))
+
+
 def test_gradient_has_no_gradient() -> None:
     """Rather than a wrong one."""
     x = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -147,7 +185,20 @@ def test_stored_values_obey_in_every_dtype(name: str, dtype: torch.dtype) -> Non
     for gain in (30, 1e4):
         layer = clipped(made(name, dtype, gain), 0.5)
         assert layer.weight.dtype == dtype
-        assert 0.5 * (0.9 if dtype == torch.bfloat16 else 0.98) <= norm(layer) <= 0.5 * (1 + 1.1e-6)
+        assert 0.5 * (0.9 if dtype == torch.bfloat16 else 0.996) <= norm(layer) <= 0.5 * (1 + 1.1e-6)
+
+
+@pytest.mark.parametrize("name", ["3×3", "matrix"])
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_scales_that_squares_do_not_survive(name: str, size: float) -> None:
+    layer = clipped(made(name, torch.float32, 5 * size), 0.5 * size)
+    reference = clipped(made(name, torch.float32, 5), 0.5)
+    torch.testing.assert_close(layer.weight / size, reference.weight, rtol=1e-4, atol=1e-5)
+    (layer.weight / size).sum().backward()
+    (reference.weight).sum().backward()
+    torch.testing.assert_close(original(layer).grad * size, original(reference).grad, rtol=1e-3, atol=1e-3)
+    layer = clipped(made(name, torch.float32, 1e25), 0.5)
+    assert 0.49 <= norm(layer) <= 0.5 * (1 + 1.1e-6)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -273,8 +324,8 @@ def test_names_in_a_report() -> None:
 def test_evaluation_remembers_until_the_weight_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = clipped(made(name, gain=5)).eval()
     trained = layer.weight.detach().clone()
-    calls, decompose = [], torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: calls.append(1) or decompose(*args, **kwargs))
+    calls, moved = [], Clipped._moved
+    monkeypatch.setattr(Clipped, "_moved", lambda self, weight: calls.append(1) or moved(self, weight))
     with torch.no_grad():
         values = [layer.weight for _ in range(3)]
         assert len(calls) == 1

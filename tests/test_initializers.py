@@ -75,8 +75,22 @@ def test_in_a_parametrized_layer_and_in_half_precision() -> None:
     orthogonal_(layer, generator=generator())
     reference = orthogonal_(nn.Conv2d(4, 4, 3), generator=generator())
     torch.testing.assert_close(layer.weight, reference.weight, rtol=0, atol=1e-5)
+    for stem in ((3, 32, 3, 2), (3, 20, 4, 2)):  # factors on both sides of the projectors
+        layer = orthogonal(nn.Conv2d(*stem))
+        orthogonal_(layer, generator=generator())
+        reference = orthogonal_(nn.Conv2d(*stem), generator=generator())
+        torch.testing.assert_close(layer.weight, reference.weight, rtol=0, atol=1e-5)
     half = orthogonal_(nn.Linear(6, 6, dtype=torch.bfloat16), generator=generator())
     assert half.weight.dtype == torch.bfloat16
+
+
+def test_a_layer_that_cannot_hold_it_is_left_as_it_was() -> None:
+    """A single tap in an even kernel is no product of projector pairs."""
+    layer = orthogonal(nn.Conv2d(4, 4, 2))
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="did not take"):
+        delta_orthogonal_(layer, generator=generator())
+    assert torch.equal(layer.weight, before)
 
 
 def test_the_jacobian_of_a_linear_map_is_the_map() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import spectral_hooks as sh
-from spectral_hooks.initializers import delta_orthogonal_
+from spectral_hooks.initializers import delta_orthogonal_, orthogonal_
 from spectral_hooks.parametrizations import remove_spectral, spectral_report
 from spectral_hooks.parametrizations.orthogonal import orthogonal
 from spectral_hooks.parametrizations.stiefel import (
@@ -334,12 +334,79 @@ def test_feasible_kernels_come_back(case: Case) -> None:
 
 
 @pytest.mark.parametrize("map", MAPS)
-@pytest.mark.parametrize("name", [n for n in LAYERS if n != "stem"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_feasible_weights_come_back_by_every_map(name: str, map: str) -> None:
     weight = shaken(made(name, "qr")).weight.detach().clone()
     layer = made(name, map)
     layer.weight = weight
     torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-5)
+
+
+STEMS = {
+    "resnet": lambda: nn.Conv2d(3, 64, 7, 2),
+    "patches of 4": lambda: nn.Conv2d(3, 16, 4, 4),
+    "more outputs than a patch": lambda: nn.Conv2d(3, 96, 4, 4),
+    "mobilenet": lambda: nn.Conv2d(3, 32, 3, 2),
+    "outputs that strides do not divide": lambda: nn.Conv2d(3, 30, 3, 2),
+    "overlapping patches": lambda: nn.Conv2d(3, 64, 7, 4),
+    "one channel": lambda: nn.Conv1d(1, 8, 5, 2),
+    "more middle channels than taps": lambda: nn.Conv1d(1, 24, 3, 2),
+    "axes unlike": lambda: nn.Conv2d(2, 31, (5, 3), (2, 3)),
+    "groups": lambda: nn.Conv2d(4, 48, 4, 2, groups=2, dilation=3),
+    "volumes": lambda: nn.Conv3d(1, 20, 3, 2),
+    "transposed": lambda: nn.ConvTranspose2d(32, 3, 4, 2, padding=1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", STEMS)
+def test_feasible_stems_come_back(name: str, dtype: torch.dtype) -> None:
+    """Exit, pairs and entry are told apart, wherever the layer itself stands."""
+    one, other = (orthogonal_(STEMS[name]().to(dtype), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    layer = orthogonal(one)
+    for weight in (other.weight, shaken(copy.deepcopy(layer)).weight):
+        layer.weight = weight.detach().clone()
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-5)
+        assert layer.parametrizations.weight[0].distance <= 1e-5
+
+
+def test_a_stem_that_is_a_window_of_its_kernel_comes_back() -> None:
+    """The Gram matrix has then the rank of the inputs alone; rounding of float32 must not fill the rest."""
+    weight = torch.zeros(24, 3, 4, 4)
+    weight[:, :, 1:3, 1:3] = polar(seeded(24, 12)).float().reshape(24, 3, 2, 2)
+    layer = orthogonal(nn.Conv2d(3, 24, 4, 2))
+    layer.weight = weight
+    torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-6)
+
+
+def test_a_stem_in_half_precision_comes_back_to_its_rounding() -> None:
+    layer = made("stem", dtype=torch.bfloat16)
+    weight = shaken(made("stem", "qr")).weight.detach().bfloat16()
+    layer.weight = weight
+    assert layer.parametrizations.weight[0].distance <= 5e-3
+
+
+def test_a_tap_in_an_even_kernel_is_in_another_component() -> None:
+    """As documented: it is moved to an orthogonal kernel, and by how much is told."""
+    layer = delta_orthogonal_(nn.Conv2d(4, 4, 2))
+    weight = layer.weight.detach().clone()
+    orthogonal(layer)
+    distance = float((layer.weight.detach() - weight).norm() / weight.norm())
+    assert distance > 0.5
+    assert layer.parametrizations.weight[0].distance == pytest.approx(distance, rel=1e-5)
+    assert float((values(layer) - 1).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(32, 3, 3, 2), (16, 1, 4, 2)], ids=str)
+def test_few_outputs_with_a_stride_come_near_and_say_how_far(shape: tuple[int, ...]) -> None:
+    """As documented: they do not determine the projectors."""
+    weight = orthogonal_(nn.Conv2d(*shape), generator=torch.Generator().manual_seed(0)).weight.detach().clone()
+    layer = orthogonal(nn.Conv2d(*shape))
+    layer.weight = weight
+    distance = float((layer.weight.detach() - weight).norm() / weight.norm())
+    assert distance <= 0.03
+    assert layer.parametrizations.weight[0].distance == pytest.approx(distance, rel=1e-3)
+    assert float((values(layer) - 1).abs().max()) <= 1e-5
 
 
 def test_infeasible_weights_go_to_the_nearest_and_say_how_far(caplog: pytest.LogCaptureFixture) -> None:
@@ -421,6 +488,16 @@ def test_compiles_as_one_graph(name: str) -> None:
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_the_meta_device(name: str) -> None:
+    """What is made there holds the state of a real one afterwards."""
+    real = shaken(made(name))
+    layer = orthogonal(LAYERS[name]().to("meta"))
+    assert layer.weight.shape == real.weight.shape
+    layer.to_empty(device="cpu").load_state_dict(real.state_dict())
+    assert torch.equal(layer.weight, real.weight)
 
 
 def test_another_call_takes_over_and_the_report_tells() -> None:

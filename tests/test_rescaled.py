@@ -422,6 +422,33 @@ def test_gradients_in_evaluation_are_those_of_training() -> None:
     assert torch.equal(gradients[0], gradients[2])
 
 
+def test_inference_mode_leaves_nothing_that_training_cannot_use() -> None:
+    layer, x = rescaled(made("grid of 8"), 0.3).eval().requires_grad_(False), torch.randn(1, 4, 5, 5)
+    with torch.inference_mode():
+        layer(x)
+    # a scale on top of what is remembered needs it for its gradient
+    gain = torch.ones((), requires_grad=True)
+    parametrization = layer.parametrizations.weight[0]
+    (parametrization._memory(parametrization, original(layer), parametrization._scale) * gain).backward()
+    layer(x.requires_grad_()).sum().backward()
+    assert bool(x.grad.any())
+
+
+def test_transforms_of_functions_see_the_weight() -> None:
+    layer, x = rescaled(made("grid of 8", torch.float64), 0.3).eval(), torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    key, weight = "parametrizations.weight.original", original(layer).detach()
+
+    def call(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {key: weight}, x)
+
+    change = torch.randn_like(weight)
+    _, tangent = torch.func.jvp(call, (weight,), (change,))
+    difference = (call(weight + 1e-6 * change) - call(weight - 1e-6 * change)) / 2e-6
+    assert torch.allclose(tangent, difference, atol=1e-7)
+    batched = torch.func.vmap(call)(torch.stack([weight, -2 * weight]))
+    assert torch.allclose(batched[1], call(-2 * weight), atol=1e-12)
+
+
 def test_parametrization_pickles_without_its_memory() -> None:
     layer = rescaled(made("grid of 8"), 0.3).eval()
     with torch.no_grad():
@@ -431,7 +458,7 @@ def test_parametrization_pickles_without_its_memory() -> None:
     twin = pickle.loads(data)
     weight = original(layer)
     assert len(data) < 4 * weight.numel() + 4000
-    assert twin._seen is None
+    assert twin._memory._seen is None
     assert torch.equal(twin(weight), parametrization(weight))
 
 

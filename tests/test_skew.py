@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from cases import apply_to_identity
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import spectral_hooks as sh
 from spectral_hooks.parametrizations.cayley import cayley
 from spectral_hooks.parametrizations.conv_norm import conv_norm
 from spectral_hooks.parametrizations.remove import remove_spectral
 from spectral_hooks.parametrizations.rescaled import rescaled
-from spectral_hooks.parametrizations.skew import modulus_one, skew
+from spectral_hooks.parametrizations.skew import _bound, modulus_one, nearest, skew
 from spectral_hooks.selection import select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -37,13 +37,16 @@ GEOMETRIES = {
     "stem": ((1, 3, 7), {"padding": 3, "stride": 2}, (8, 6)),
     "patches": ((2, 5, 4), {"stride": 4}, (8, 4)),
     "patches with gaps": ((2, 9, 1), {"stride": 2}, (4, 6)),
+    "gap and overlap": ((2, 5, 3), {"padding": 1, "stride": 3}, (6, 3)),
     "grouped": ((4, 6, 3), {"padding": 1, "groups": 2}, (4, 5)),
     "grouped stride": ((4, 4, 2), {"stride": 2, "groups": 2}, (4, 6)),
+    "grouped stride, overlap": ((4, 6, 3), {"padding": 1, "stride": 2, "groups": 2}, (4, 6)),
     "depthwise": ((3, 3, 3), {"padding": 1, "groups": 3}, (4, 5)),
     "dilated": ((3, 3, 3), {"padding": 2, "dilation": 2}, (6, 5)),
     "1-D": ((3, 4, 5), {"padding": 2}, (9,)),
     "3-D": ((2, 2, 3), {"padding": 1}, (3, 2, 4)),
     "circular": ((3, 3, 3), {"padding": 1, "padding_mode": "circular"}, (5, 4)),
+    "circular stride": ((2, 3, 3), {"padding": 1, "stride": 2, "padding_mode": "circular"}, (6, 4)),
 }
 
 
@@ -111,13 +114,101 @@ def test_is_the_polynomial_of_a_skew_matrix() -> None:
     plain = made("square", gain=2)
     convolution = apply_to_identity(plain, in_shape("square"))
     layer = skew(plain)
-    generator = sh.ConvOperator(layer._generator(plain.weight).detach(), padding=1, input_size=in_shape("square")[1:]).to_dense()
+    generator, frame = layer._factors(plain.weight.detach())
+    assert frame is None
+    generator = sh.ConvOperator(generator, padding=1, input_size=in_shape("square")[1:]).to_dense()
     difference = convolution - convolution.T
     scale = float(generator.norm() / difference.norm())
     assert torch.allclose(generator, scale * difference, atol=1e-14)
     assert 0.5 < float(torch.linalg.matrix_norm(generator, 2)) <= 1
     expected = sum(c * torch.linalg.matrix_power(generator, t) for t, c in enumerate(modulus_one(4)))
     assert torch.allclose(apply_to_identity(layer, in_shape("square")), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "name", ["stride", "stride, more outputs", "more outputs", "fewer outputs", "grouped stride, overlap", "1-D"]
+)
+def test_other_channels_are_framed(name: str) -> None:
+    """`A = p(J) C` with `J = α (M Cᵀ - C Mᵀ)`, on the outputs alone; `C` is what is nearest to `M` among such convolutions."""
+    plain, shape = made(name, gain=2), in_shape(name)
+    layer = skew(plain)
+    generator, frame = layer._factors(plain.weight.detach())
+    out, groups, stride = plain.out_channels, plain.groups, plain.stride
+    assert generator.shape[:2] == (out, out // groups)
+    assert frame.shape == (out, plain.in_channels // groups, *stride)
+    frames = sh.ConvOperator(frame, stride=stride, groups=groups, input_size=shape[1:]).to_dense()
+    small = tuple(n // s for n, s in zip(shape[1:], stride, strict=True))
+    padding = tuple(k // 2 for k in generator.shape[2:])
+    j = sh.ConvOperator(generator, padding=padding, groups=groups, input_size=small).to_dense()
+    convolution = apply_to_identity(plain, shape)
+    difference = convolution @ frames.T - frames @ convolution.T
+    assert torch.allclose(j, difference * (j.norm() / difference.norm()), atol=1e-13)
+    assert 0.5 < float(torch.linalg.matrix_norm(j, 2)) <= 1
+    polynomial = sum(c * torch.linalg.matrix_power(j, t) for t, c in enumerate(modulus_one(4)))
+    assert torch.allclose(apply_to_identity(layer, shape), polynomial @ frames, atol=1e-13)
+    # a polar factor: the other one is symmetric and has no negative eigenvalue
+    taps = plain.weight.detach()[(..., *(slice(a, a + s) for a, s in zip(plain.padding, stride, strict=True)))]
+    for a, b in zip(taps.flatten(1).chunk(groups), frame.flatten(1).chunk(groups), strict=True):
+        other = a @ b.T if len(a) <= a.shape[1] else b.T @ a
+        assert torch.allclose(other, other.T, atol=1e-13)
+        assert float(torch.linalg.eigvalsh(other)[0]) > -1e-13
+
+
+@pytest.mark.parametrize("name", ["square", "stride", "fewer outputs", "more outputs", "patches with gaps", "gap and overlap"])
+def test_zero_weight_has_finite_gradients(name: str) -> None:
+    layer = skew(made(name, gain=0, bias=True))
+    assert float((singular_values(skew(made(name, gain=0)), in_shape(name)) - 1).abs().max()) <= 1e-12
+    layer(torch.randn(2, *in_shape(name), dtype=torch.float64)).square().mul(2).sum().backward()
+    assert bool(layer.weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["patches with gaps", "gap and overlap"])
+def test_nothing_jumps_where_inputs_are_not_read(name: str) -> None:
+    """Their share of the frame is no null space of the taps, in which any basis would do."""
+    matrices = []
+    for gain in (1.0, 1.0 + 1e-7):
+        matrices.append(apply_to_identity(skew(made(name, gain=gain)), in_shape(name)))
+    assert torch.allclose(*matrices, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (2, 6, 2), (1, 3)])
+def test_nearest_frame(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    u, _, vh = torch.linalg.svd(x.detach(), full_matrices=False)
+    assert torch.allclose(nearest(x).detach(), u @ vh, atol=1e-13)
+    assert torch.autograd.gradcheck(nearest, x)
+    # of equal singular values, where decompositions have no derivative
+    assert torch.autograd.gradcheck(nearest, nearest(x).detach().mul(3).requires_grad_())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16, 40, 64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bound_of_skew_kernels(channels: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(2, channels, channels, 3, 3, dtype=dtype)
+    kernel = kernel - kernel.transpose(1, 2).flip(3, 4)
+    norm = float(sh.spectral_norm(sh.ConvOperator(kernel.double().flatten(0, 1), padding=1, groups=2), rtol=1e-5))
+    bound = float(_bound(kernel))
+    assert norm / 1.00001 <= bound <= (1.2 if channels <= 64 else 3) * norm
+    for gain in (1e-25, 1e18):
+        assert float(_bound(kernel * gain)) == pytest.approx(gain * bound, rel=1e-5)
+    assert float(_bound(kernel * 0)) < 1e-30
+
+
+def test_bound_of_a_generator_with_equal_eigenvalues() -> None:
+    """The worst case for powers: 64 eigenvalues of modulus one at every frequency."""
+    half = torch.eye(32, dtype=torch.float64)
+    kernel = torch.zeros(1, 64, 64, 3, 3, dtype=torch.float64)
+    kernel[0, :32, 32:, 1, 1], kernel[0, 32:, :32, 1, 1] = half, -half
+    assert 1 <= float(_bound(kernel)) <= 1.17158 * 64 ** (1 / 64) * 1.0001
+
+
+def test_bound_has_the_gradient_of_the_norm() -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(2, 3, 3, 5, dtype=torch.float64)
+    kernel = (kernel - kernel.transpose(1, 2).flip(3)).requires_grad_()
+    assert torch.autograd.gradcheck(_bound, kernel)
 
 
 def test_small_generators_are_not_scaled_up() -> None:
@@ -135,7 +226,7 @@ def test_zero_weight_is_the_identity() -> None:
 
 
 def test_gradcheck() -> None:
-    for name in ("stride", "more outputs"):
+    for name in ("square", "stride", "more outputs", "grouped stride, overlap", "patches with gaps"):
         for gain in (0.1, 5.0):
             layer = skew(made(name, gain=gain, bias=True))
             x = torch.randn(2, *in_shape(name), dtype=torch.float64, requires_grad=True)
@@ -162,7 +253,7 @@ def train(layer: nn.Module, shape: tuple[int, ...], steps: int = 200) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["square", "stride"])
+@pytest.mark.parametrize("name", ["square", "stride", "more outputs"])
 def test_training_keeps_it(name: str) -> None:
     layer = skew(made(name, torch.float32))
     before = layer.weight.detach().clone()
@@ -176,6 +267,12 @@ def test_training_keeps_it(name: str) -> None:
 
 # -- refusals ---------------------------------------------------------------------------------------------------------------
 
+
+def with_identity_bias(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    return layer
+
+
 BAD = [
     ("zeros of another size", lambda: nn.Conv2d(2, 2, 3), ValueError, "padding=1"),
     ("too much padding", lambda: nn.Conv2d(2, 2, 3, padding=2), ValueError, "`layer` must keep the size"),
@@ -185,6 +282,8 @@ BAD = [
     ("linear", lambda: nn.Linear(2, 2), TypeError, "use orthogonal"),
     ("transposed", lambda: nn.ConvTranspose2d(2, 2, 3, padding=1), NotImplementedError, "transposed"),
     ("pruned", lambda: prune.random_unstructured(nn.Conv2d(2, 2, 3, padding=1), "weight", 0.5), ValueError, "pruned"),
+    ("pruned bias", lambda: prune.random_unstructured(nn.Conv2d(2, 2, 3, padding=1), "bias", 0.5), ValueError, "the bias of"),
+    ("bias from elsewhere", lambda: with_identity_bias(rescaled(nn.Conv2d(2, 2, 3, padding=1))), ValueError, "the bias of"),
     ("from elsewhere", lambda: parametrizations.orthogonal(nn.Conv2d(2, 2, 3, padding=1)), ValueError, "parametrized"),
     ("old weight norm", lambda: weight_norm(nn.Conv2d(2, 2, 3, padding=1)), NotImplementedError, "weight_norm"),
     ("lazy", lambda: nn.LazyConv2d(2, 3, padding=1), ValueError, "no weight yet"),
@@ -280,7 +379,7 @@ def test_training_and_evaluation_agree_and_nothing_changes(replace) -> None:
 
 def counted(layer: nn.Module) -> list[int]:
     """How often what evaluation remembers is made."""
-    name = next(name for name in ("_generator", "_transform", "_gain") if hasattr(layer, name))
+    name = next(name for name in ("_factors", "_transform", "_gain") if hasattr(layer, name))
     make, calls = getattr(layer, name), []
 
     def wrapped(*args):
@@ -337,9 +436,10 @@ def test_evaluation_forgets_what_is_too_much(replace) -> None:
 
 
 @each
-def test_inference_mode_leaves_nothing_that_training_cannot_use(replace) -> None:
-    layer = replace(made("square")).eval().requires_grad_(False)
-    x = torch.randn(1, *in_shape("square"), dtype=torch.float64)
+@pytest.mark.parametrize("name", ["square", "stride"])
+def test_inference_mode_leaves_nothing_that_training_cannot_use(replace, name: str) -> None:
+    layer = replace(made(name)).eval().requires_grad_(False)
+    x = torch.randn(1, *in_shape(name), dtype=torch.float64)
     with torch.inference_mode():
         layer(x)
     x.requires_grad_()
@@ -360,6 +460,28 @@ def test_gradients_in_evaluation_are_those_of_training(replace) -> None:
         gradients.append(layer.weight.grad.clone())
     assert torch.equal(*gradients)
     assert bool(gradients[0].any())
+
+
+@each
+@pytest.mark.parametrize("name", ["square", "stride"])
+def test_transforms_of_functions_see_the_weight(replace, name: str) -> None:
+    """In evaluation too, where what is remembered knows of no tangent and of no batch."""
+    layer, x = replace(made(name)).eval(), torch.randn(1, *in_shape(name), dtype=torch.float64)
+
+    def call(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, x)
+
+    weight = layer.weight.detach()
+    change, cotangent = torch.randn_like(weight), torch.randn_like(layer(x))
+    _, tangent = torch.func.jvp(call, (weight,), (change,))
+    difference = (call(weight + 1e-6 * change) - call(weight - 1e-6 * change)) / 2e-6
+    assert torch.allclose(tangent, difference, atol=1e-6 * float(difference.abs().max()) + 1e-8)
+    assert float(tangent.norm()) > 0.01
+    gradient = torch.func.grad(lambda weight: (call(weight) * cotangent).sum())(weight)
+    assert float((gradient * change).sum()) == pytest.approx(float((tangent * cotangent).sum()), rel=1e-6)
+    batched = torch.func.vmap(call)(torch.stack([weight, -2 * weight]))
+    assert torch.allclose(batched[0], call(weight), atol=1e-12)
+    assert torch.allclose(batched[1], call(-2 * weight), atol=1e-12)
 
 
 @each
@@ -406,9 +528,10 @@ def test_what_is_not_finite_shows(replace) -> None:
 
 
 @each
-def test_compiles_to_one_graph(replace) -> None:
-    layer = replace(made("square", torch.float32))
-    x = torch.randn(2, *in_shape("square"))
+@pytest.mark.parametrize("name", ["square", "stride"])
+def test_compiles_to_one_graph(replace, name: str) -> None:
+    layer = replace(made(name, torch.float32))
+    x = torch.randn(2, *in_shape(name))
     torch._dynamo.reset()
     y = torch.compile(layer, backend="eager", fullgraph=True)(x)
     assert torch.allclose(y, layer(x), atol=1e-6)

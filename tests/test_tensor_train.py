@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from math import sqrt
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import spectral_hooks as sh
 from spectral_hooks.parametrizations import remove_spectral, rescaled, spectral_report
+from spectral_hooks.parametrizations.stiefel import cayley, inverse_cayley
 from spectral_hooks.parametrizations.tensor_train import TensorTrain, tensor_train
 
 #: Every kind of layer, with the shape of an input.
@@ -114,6 +116,43 @@ def test_a_zero_kernel_and_one_of_low_rank() -> None:
     train = tensor_train(layer, 2)
     assert train.error == 0
     assert torch.equal(train(torch.ones(6, dtype=torch.float64)), layer.bias)
+
+
+def enlarged(name: str, rank: int | tuple[int, int] = (2, 3)) -> tuple[TensorTrain, Tensor]:
+    """A tensor train and a batch with at least 64 points after the core too: the frames are then matrix products."""
+    _, train, x = made(name, rank)
+    return train, torch.randn(*x.shape[:2], *{1: (150,), 2: (19, 20), 3: (6, 5, 8)}[train.dims], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "linear"])
+def test_on_large_images_products_are_the_convolutions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs and every gradient, against the plain layer and against frames applied by convolutions."""
+    train, x = enlarged(name)
+    torch.testing.assert_close(train(x), train.to_plain()(x), rtol=1e-12, atol=1e-12)
+    x.requires_grad_()
+    wanted = [x, *train.parameters()]
+    upstream = torch.randn_like(train(x))
+    products = torch.autograd.grad(train(x), wanted, upstream)
+    assert train._is_stack(x.detach(), train.in_frame.mT)
+    monkeypatch.setattr(sys.modules[TensorTrain.__module__], "_MANY_POINTS", 1 << 30)
+    assert not train._is_stack(x.detach(), train.in_frame.mT)
+    convolutions = torch.autograd.grad(train(x), wanted, upstream)
+    torch.testing.assert_close(products, convolutions, rtol=1e-11, atol=1e-11)
+
+
+def test_layouts_and_batches() -> None:
+    train, x = enlarged("grouped")
+    y = train(x)
+    assert y.is_contiguous()
+    last = train(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(train(x.mT.contiguous().mT), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(train(x[1]), y[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.vmap(train)(x[None])[0], y, rtol=1e-12, atol=1e-12)
+    assert train(x[:0]).shape == (0, *y.shape[1:])
+    with pytest.raises(RuntimeError, match="to have 8 channels, but got 4"):
+        train(x[:, :4])
 
 
 # -- singular values -------------------------------------------------------------------------------------------------------
@@ -249,12 +288,82 @@ def test_plain_checkpoints_at_full_rank(full: bool) -> None:
         assert torch.equal(other(x), train(x))
 
 
+def test_plain_checkpoints_elsewhere() -> None:
+    """In another dtype, for a module without storage, under another parametrization; and one that holds no numbers."""
+    layer, _, x = made("3×3", 3)
+    expected = tensor_train(layer, 3)(x)
+    _, other, _ = made("3×3", 3)
+    other.to("meta").load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(other(x), expected)
+    _, single, _ = made("3×3", 3, torch.float32)
+    single.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(single(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+    _, other, _ = made("3×3", 3)
+    around = rescaled(other, 100.0)
+    around.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(around(x), expected, rtol=1e-12, atol=1e-12)
+    before = single.weight.detach().clone()
+    with pytest.raises(ValueError, match="NaN"):
+        single.load_state_dict({"weight": torch.full_like(layer.weight, torch.nan), "bias": layer.bias})
+    assert torch.equal(single.weight, before)
+
+
+@pytest.mark.parametrize("rank", [6, 16])
+def test_in_a_transformer_encoder(rank: int) -> None:
+    """Torch's own reads the weights of its children in eval mode, which at full rank has the right shape, and is the core."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True).double().eval()
+    encoder.linear1, encoder.linear2 = (tensor_train(part, rank) for part in (encoder.linear1, encoder.linear2))
+    with torch.no_grad():
+        encoder.linear1.in_free.normal_()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected = encoder(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(remove_spectral(copy.deepcopy(encoder))(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_with_parametrizations() -> None:
+    """Its weight and bias are taken as they are computed, and are parameters."""
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer = rescaled(nn.Linear(4, 5), 1.0)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    with torch.no_grad():
+        train = tensor_train(layer, 4)
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(copy.deepcopy(train)(x), layer(x))
+    assert {key for key, p in train.named_parameters() if p.requires_grad} == {"weight", "bias", "out_free", "in_free"}
+    assert type(train.to_plain().bias) is nn.Parameter
+
+
+@pytest.mark.parametrize("name", ["linear", "grouped"])
+def test_large_images_under_autocast_and_compiled(name: str) -> None:
+    train, x = made(name, 3)[1:] if name == "linear" else enlarged(name, 3)
+    train, x = train.float(), x.float()
+    y = train(x)
+    torch.testing.assert_close(torch.compile(train, backend="aot_eager", fullgraph=True)(x), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = train(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), y, rtol=0.05, atol=0.05)
+
+
 def test_copies_and_compiled_models() -> None:
     _, train, x = made("3×3", 3, torch.float32)
     y = train(x)
     for other in (copy.deepcopy(train), pickle.loads(pickle.dumps(train))):
         assert torch.equal(other(x), y)
         assert other.weight is not train.weight
+        layer, _, _ = made("3×3", 1, torch.float32)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        other.load_state_dict(layer.state_dict())  # a plain one is converted by the copy
+        assert torch.equal(other(x), tensor_train(layer, 3)(x))
+        assert torch.equal(train(x), y)
     compiled = torch.compile(train, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), y)
     compiled(x).sum().backward()
@@ -307,6 +416,25 @@ def test_remove_spectral_gives_plain_layers() -> None:
     assert type(plain[0]) is nn.Conv2d
     assert list(plain.state_dict()) == ["0.weight"]
     torch.testing.assert_close(plain(x), y, rtol=1e-12, atol=1e-12)
+
+
+# -- frames ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (4, 4), (3, 1), (2, 1, 1)])
+def test_the_identity_is_the_default_base_of_cayley(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    base = torch.eye(*shape[-2:], dtype=torch.float64).expand(shape)
+    upstream = torch.randn(shape, dtype=torch.float64)
+    default, given = cayley(x), cayley(x, base)
+    torch.testing.assert_close(default, given, rtol=1e-13, atol=1e-13)
+    gradients = [torch.autograd.grad(q, x, upstream)[0] for q in (default, given)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    large = cayley(1e3 * x.detach())
+    torch.testing.assert_close(large.mT @ large, torch.eye(shape[-1]).to(large).expand(*shape[:-2], -1, -1), rtol=0, atol=1e-12)
+    back = cayley(inverse_cayley(default.detach()))
+    torch.testing.assert_close(back, default.detach(), rtol=1e-12, atol=1e-12)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------

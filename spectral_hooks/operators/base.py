@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -101,17 +101,30 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def full_precision(function: F) -> F:
-    """Run a function of an operator without autocast, which would take float32 products in half precision."""
+    """Run a function of an operator, or of several, without autocast, which would take float32 products in half precision."""
 
     @functools.wraps(function)
-    def wrapped(op: LinearOperator, *args: Any, **kwargs: Any) -> Any:
-        device = op.weight.device.type
-        if not torch.amp.autocast_mode.is_autocast_available(device):
-            return function(op, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(op, *args, **kwargs)
+    def wrapped(op: LinearOperator | Sequence[LinearOperator], *args: Any, **kwargs: Any) -> Any:
+        ops = op if isinstance(op, Sequence) else (op,)
+        devices = {each.weight.device.type for each in ops}
+
+        def run(left: list[str]) -> Any:
+            if not left:
+                return function(op, *args, **kwargs)
+            with torch.autocast(left[0], enabled=False):
+                return run(left[1:])
+
+        return run([device for device in devices if torch.amp.autocast_mode.is_autocast_available(device)])
 
     return cast(F, wrapped)
+
+
+def float32_is_kept() -> bool:
+    """Whether float32 products are that, and not made of TF32 or bfloat16: bounds of rounding hold for nothing less."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by the newer interface, for single backends
+        return False
 
 
 def check_ends_with(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -11,6 +11,10 @@ canonical form of a kernel with `k` taps and stride `s` per axis (dilation only 
 - `N`, the entry: `middle × columns` with orthonormal columns, where there are more rows than `columns · Πs`, so that `middle` is
   more than `columns`. Without a stride the exit then falls away.
 
+Square orthogonal kernels of one size fall into components, which no path connects: along each axis one has a mean delay, which
+counts in steps, and that of these products is the middle one. So a single tap is among them in the middle of an odd kernel, and
+nowhere in an even one.
+
 Source: Li, Haque, Anil, Lucas, Grosse and Jacobsen (2019); strides, dilations and groups: Boissin et al. (2025).
 """
 
@@ -31,10 +35,11 @@ from .stiefel import nearest
 Parts = dict[str, Tensor]
 
 #: The most rounds of the search for the nearest kernel, and the share that a round must gain to be followed by another.
-_FROM_NEAR = (30, 1e-3)
-_FROM_AFAR = (100, 1e-6)
-#: A kernel this near, relative, has been taken apart exactly.
-_EXACT = 1e-7
+_QUICK, _THOROUGH = (30, 1e-3), (100, 1e-6)
+#: A kernel this near, relative, has been taken apart exactly, or could be but for the rounding of its entries.
+_EXACT, _NEAR = 1e-7, 0.1
+#: Eigenvalues of a Gram matrix this small, relative, are rounding of a float32 kernel.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -143,21 +148,24 @@ def decompose(blocks: Blocks, weight: Tensor) -> Parts:
     """Factors whose product is near a weight, and the weight itself where it is such a product.
 
     First pair by pair from the end: the first taps of a product lie in the range of its last projector and the last taps in the
-    complement, which for a product in general position tells the projector. For any other weight the leading eigenvectors are a
-    start, and rounds follow: `‖K‖_F` is fixed and `⟨W, K⟩` affine in each factor, so given the others the nearest kernel has a
-    polar factor of the gradient, or the projector on its leading eigenvectors. No round goes away from the weight.
-
-    With an exit and an entry the pairs stand between two unknowns: then the rounds start from a single tap, and find such a
-    product only approximately.
+    complement, which for a product in general position tells the projector. Between an exit and an entry the pairs are laid bare
+    before, see `_unfolded`. For any other weight the leading eigenvectors are a start, and rounds follow: `‖K‖_F` is fixed and
+    `⟨W, K⟩` affine in each factor, so given the others the nearest kernel has a polar factor of the gradient, or the projector on
+    its leading eigenvectors. No round goes away from the weight.
     """
     # rounding of the float32 kernel would decide between eigenvectors
     w = weight.detach() if weight.device.type == "mps" else weight.detach().double()
+    if w.is_meta:
+        return {name: w.new_empty(shape) for name, shape in blocks.shapes.items()}
     tall = {"exit", "entry"} <= set(blocks.shapes)
-    parts = _spread(blocks, w) if tall else _peeled(blocks, w)
-    if float((compose(blocks, parts) - w).norm()) <= _EXACT * float(w.norm()):
+    parts = _unfolded(blocks, w) if tall else _peeled(blocks, w)
+    distance = float((compose(blocks, parts) - w).norm()) / float(w.norm().clamp(min=torch.finfo(w.dtype).tiny))
+    if distance <= _EXACT:
         return parts
+    if tall and distance > _NEAR:
+        parts = _spread(blocks, w)
     reached = float((compose(blocks, parts) * w).sum())
-    rounds, gain = _FROM_AFAR if tall else _FROM_NEAR
+    rounds, gain = _THOROUGH if tall or distance <= _NEAR else _QUICK
     for _ in range(rounds):
         before, reached = reached, _round_(blocks, parts, w)
         if not reached - before > gain * abs(reached):
@@ -215,6 +223,57 @@ def _peeled(blocks: Blocks, w: Tensor) -> Parts:
     if "frames" in shapes:
         parts["frames"] = torch.stack([found[i] for i in range(len(blocks.axes))], 1)
     return parts
+
+
+def _unfolded(blocks: Blocks, w: Tensor) -> Parts:
+    """The factors of a product with an exit and an entry; of any other weight, some factors.
+
+    With `G = F₁ ⊛ … ⊛ F_L ⊛ N` the exit drops out of the Gram matrix of the taps: over the phases `p` of the stride,
+
+        KᵀK[t, u] = Σ_p GᵀG[t - p, u - p]    hence    GᵀG[t, u] = Σ_n KᵀK[t - ns, u - ns] - KᵀK[t - ns - 1, u - ns - 1],
+
+    here written for a single axis. That tells `G` up to a rotation from the left, which exit and projectors take up.
+    """
+    dims, middle = len(blocks.taps), blocks.middle
+    taps = tuple(k - s + 1 for k, s in zip(blocks.taps, blocks.strides, strict=True))
+    gram = w.unflatten(0, (blocks.groups, -1)).flatten(2)
+    gram = (gram.mT @ gram).unflatten(2, (-1, *blocks.taps)).unflatten(1, (-1, *blocks.taps))
+    for axis, (size, stride) in enumerate(zip(taps, blocks.strides, strict=True)):
+        axes = 2 + axis, 3 + dims + axis
+        gram = _without_phases(gram, axes, size, stride)
+    values, vectors = torch.linalg.eigh(gram.flatten(1, 1 + dims).flatten(2))
+    values = torch.where(values > _ROUNDING * values.amax(), values, 0)[..., -middle:]
+    inner = F.pad((vectors[..., -middle:] * values.sqrt().unsqueeze(-2)).mT, [0, 0, 0, middle - values.shape[-1]])
+    # what of the kernel an inner one meets at each phase: (groups, rows, columns, phases, taps)
+    windows = w.unflatten(0, (blocks.groups, -1))
+    for axis, size in enumerate(taps):
+        windows = windows.unfold(3 + axis, size, 1)
+    windows = windows.flatten(3 + dims).flatten(3, 2 + dims)
+
+    def exit_of(inner: Tensor) -> Tensor:
+        inner = inner.unflatten(2, (blocks.columns, -1))
+        return nearest(torch.einsum("grcpt,gmct->grmp", windows, inner).flatten(2))
+
+    # the root has lost half of the digits of what is small; given the exit, the inner kernel is a mean over the phases
+    exit = exit_of(inner).unflatten(2, (middle, -1))
+    inner = torch.einsum("grcpt,grmp->gmct", windows, exit) / prod(blocks.strides)
+    pairs = Blocks(blocks.groups, middle, blocks.columns, taps, (1,) * dims)
+    parts = _peeled(pairs, inner.reshape(-1, blocks.columns, *taps))
+    return parts | {"exit": exit_of(compose(pairs, parts).reshape(blocks.groups, middle, -1))}
+
+
+def _without_phases(gram: Tensor, axes: tuple[int, int], size: int, stride: int) -> Tensor:
+    """The Gram matrix whose copies, shifted along both axes by less than the stride, add up to this one."""
+    shape = [size if axis in axes else n for axis, n in enumerate(gram.shape)]
+    result = gram.new_zeros(shape)
+
+    def window(x: Tensor, start: int, length: int) -> Tensor:
+        return x.narrow(axes[0], start, length).narrow(axes[1], start, length)
+
+    for shift in range(size):
+        sign = (shift % stride == 0) - (shift > 0 and (shift - 1) % stride == 0)
+        window(result, shift, size - shift).add_(window(gram, 0, size - shift), alpha=sign)
+    return result
 
 
 def _spread(blocks: Blocks, w: Tensor) -> Parts:

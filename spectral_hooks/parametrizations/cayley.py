@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import pi, prod, sqrt
 
 import torch
 from torch import Tensor, nn
 
-from ..operators import LinearOperator, as_operator
 from ..operators.symbols import product
-from .skew import Memory, Unstrided, plain, take_over
+from .modules import OrthogonalConv
 
 #: The norm to which longer kernels are scaled down. Close to its limit the transform hardly moves, and the inverse loses digits.
 _LONGEST = 100.0
@@ -39,8 +37,8 @@ def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
         kernel, as large as the input, is another one for every input size, though little changes near its middle.
 
     Cost: for half of the frequencies an inverse, of as many rows as the smaller number of channels, in every training forward. In
-    evaluation without gradients that is remembered for the last eight input sizes, while the weight stays the same: what is left
-    is two Fourier transforms and a product of matrices.
+    evaluation without gradients, uncompiled, that is remembered for the last eight input sizes, while the weight stays the same:
+    what is left is two Fourier transforms and a product of matrices. Each takes the memory of two kernels as large as the input.
 
     Raises:
         TypeError: `layer` is no convolution.
@@ -57,53 +55,31 @@ def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
 
     Source: Trockman and Kolter (2021), who also normalize the kernel.
     """
-    return CayleyConv(layer, Unstrided.of(layer, "cayley"))
+    return CayleyConv(layer)
 
 
-class CayleyConv(nn.Module):
+class CayleyConv(OrthogonalConv):
     """What `cayley` puts in the place of a layer: a norm-preserving circular convolution, with a kernel as large as the input.
 
     Args:
         layer: the convolution whose parameters this takes over.
-        geometry: its reduction to stride 1.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    def __init__(self, layer: nn.modules.conv._ConvNd) -> None:
+        super().__init__(layer, "cayley")
 
-    def __init__(self, layer: nn.modules.conv._ConvNd, geometry: Unstrided) -> None:
-        super().__init__()
-        self.geometry = geometry
-        take_over(self, layer)
-        self._memory = Memory()
-
-    def extra_repr(self) -> str:
-        return str(self.geometry)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.around(x, self.bias, self._turned)
-
-    def to_plain(self) -> nn.Module:
-        """The equal plain convolution, whose kernel is as large as its stride: for layers whose patches do not overlap.
-
-        Raises:
-            NotImplementedError: patches overlap; then no convolution of a small kernel is this map.
-        """
-        with torch.no_grad():
-            op = self.geometry.operator(self, self._turned)
-        return plain(self, op.weight, stride=op.stride, groups=op.groups)
-
-    def _turned(self, x: Tensor) -> Tensor:
+    def _map(self, x: Tensor) -> Tensor:
         """`Q(θ)` applied to every frequency of `x`."""
         geometry = self.geometry
+        x = geometry.to_depth(x)
         sizes, axes = tuple(x.shape[2:]), tuple(range(2, x.ndim))
-        q = self._memory(self, self.weight, lambda weight: self._transform(weight, sizes), sizes)
+        q = self._memory(self, self.weight, lambda weight: _prepared(self._transform(weight, sizes)), sizes)
         x = torch.fft.rfftn(x, dim=axes)
         shape = x.shape[2:]
-        # (groups, frequencies, batch, channels): both products of matrices are then of contiguous ones
-        x = x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 3, 0, 2)
-        y = torch.bmm(x.flatten(0, 1), q).unflatten(0, (geometry.groups, -1))
-        return torch.fft.irfftn(y.permute(2, 0, 3, 1).flatten(1, 2).unflatten(2, shape), s=sizes, dim=axes)
+        # (groups, frequencies, batch, channels) and back; products and transforms are faster after a copy
+        x = x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 3, 0, 2).contiguous()
+        y = _times(x.flatten(0, 1), q).unflatten(0, (geometry.groups, -1)).permute(2, 0, 3, 1).contiguous()
+        return torch.fft.irfftn(y.flatten(1, 2).unflatten(2, shape), s=sizes, dim=axes)
 
     def _transform(self, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """`Q(θ)ᵀ` of every group at every frequency of the half that `rfftn` keeps, `(groups · frequencies, columns, rows)`."""
@@ -116,9 +92,19 @@ class CayleyConv(nn.Module):
         return q.transpose(0, 1).flatten(0, 1).mT.contiguous()
 
 
-@as_operator.register
-def _(layer: CayleyConv, input_size: int | Sequence[int] | None = None) -> LinearOperator:
-    return layer.geometry.operator(layer, layer._turned, input_size)
+def _prepared(q: Tensor) -> Tensor:
+    """Without gradients, where it is remembered: complex matrices as real ones for rows of real and imaginary parts in turn.
+
+    That is twice the memory and as much arithmetic, but in faster products.
+    """
+    return q if torch.is_grad_enabled() else torch.view_as_real(torch.stack([q, 1j * q], -2)).flatten(-2).flatten(-3, -2)
+
+
+def _times(x: Tensor, q: Tensor) -> Tensor:
+    """The products with matrices that are prepared, or not."""
+    if q.is_complex():
+        return torch.bmm(x, q)
+    return torch.view_as_complex(torch.bmm(torch.view_as_real(x).flatten(-2), q).unflatten(-1, (-1, 2)))
 
 
 def _symbol(kernel: Tensor, sizes: tuple[int, ...], radius: tuple[int, ...], dilation: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import inf, isfinite, prod, sqrt
 from typing import Any, TypeVar
 
@@ -12,23 +11,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..bounds import cosine_grid
+from ..krylov import matrix_norm
 from ..lattice import lattice_norm
 from ..operators import as_operator
 from ..operators.base import LinearOperator, full_precision
 from ..operators.symbols import half_plane, product, symbol
 from ..projections import check_max_norm
+from ..spectrum import check_finite
+from .modules import Memory
 from .remove import register
 from .rescaled import Rescaled
-from .skew import Memory
+from .stiefel import in_full_precision
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 #: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`.
 _OVERSAMPLING = 4
-#: The same for the bound: at most 1 % above the norm in two dimensions. A search would be as cheap, but its value is not smooth.
+#: Relative width of the certificate that the crop is scaled by.
+_RTOL = 3e-3
+#: The same of the search for a proof that nothing needs to be done, and where not to begin with it.
+_INSIDE_RTOL, _SURELY_OUTSIDE = 1e-2, 1e-4
+#: The same for finite operators, by a grid: at most 1 % above the norm in two dimensions.
 _CERTIFIED_OVERSAMPLING = 16
-#: Relative width of the search for a proof that nothing needs to be done.
-_RTOL = 1e-2
+#: Beyond, relative to the bound, squares of singular values have too few digits near it.
+_HIGHEST = 30.0
 #: A norm this little above the bound is rounding, and counts as inside.
 _TOLERANCE = 1e-6
 #: Roundings of a product `U f(Σ) Vᵀ`, each of the size of the working precision, that its norm may be off by.
@@ -44,9 +50,9 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
 
     registered by `torch.nn.utils.parametrize`. Exact for matrices and for convolutions that are one (a single tap after the
     polyphase form, like 1×1 and patches). Of any other kernel the symbol is clipped at every frequency of a grid of `4 (k - 1)`
-    points per axis, cropped to the kernel's taps, and at last scaled by `min(1, c / bound)` with `bounds.cosine_grid`,
-    1 % above the norm, since the crop brings that above `c` again. That is near the closest kernel inside, not the closest;
-    `projections.clip` comes nearer.
+    points per axis, cropped to the kernel's taps, and at last scaled by `min(1, c / bound)`, since the crop brings that above `c`
+    again. The bound is a search's, 0.3 % above the norm; for finite operators `bounds.cosine_grid`, 1 % above. That is near
+    the closest kernel inside, not the closest; `projections.clip` comes nearer.
 
     Guaranteed (certified): `‖A‖₂ ≤ max_norm` for the lattice operator, so at every input size; for the stored dtype too.
     Gradients are exact, that of the clip and that of the bound, and finite where singular values coincide.
@@ -61,9 +67,9 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
         relative 1e-5 in float32, another kernel bit for bit, unless it is so close to the bound that no proof is found. Otherwise
         it gives the clip of `V`.
 
-    Cost: in training forwards an SVD of the matrix, or of `(4 (k - 1))^d / 2` complex matrices of the channels, and the bound:
-    many times the convolution itself. `rescaled` holds the same bound for a small share of that. None in evaluation without
-    gradients while `W` stays the same, but for the comparison of `W` with a copy of it.
+    Cost: in training forwards an SVD of the matrix, or the eigenvectors of `(4 (k - 1))^d / 2` complex matrices of the channels,
+    and the bound, which takes most of the time: many times the convolution itself. `rescaled` holds the same bound for a small
+    share of that. None in evaluation without gradients while `W` stays the same, but for the comparison of `W` with a copy of it.
 
     Raises:
         ValueError: `max_norm` is no positive number; the padding needs an `input_size`; the weight is pruned or carries a
@@ -166,7 +172,7 @@ class Clipped(nn.Module):
         self.low = low
         self.high = high
         self._is_matrix = prod(op.canonical().shape[3:]) == 1
-        self._into_ball = Rescaled(op, high, partial(cosine_grid, oversampling=_CERTIFIED_OVERSAMPLING))
+        self._into_ball = Rescaled(op, high, _certified)
         self._memory = Memory()
 
     def __repr__(self) -> str:
@@ -187,7 +193,6 @@ class Clipped(nn.Module):
         return _clipped_kernel(op, self.high, weight, self._into_ball)
 
 
-@full_precision
 def _banded_matrix(op: LinearOperator, low: float, high: float, dtype: torch.dtype) -> Tensor:
     """For a canonical kernel of one tap; in `dtype` it is still inside."""
     kernel = op.canonical()
@@ -197,7 +202,8 @@ def _banded_matrix(op: LinearOperator, low: float, high: float, dtype: torch.dty
         rounding += torch.finfo(dtype).eps / 2
     # of every entry, so by the Frobenius norm at most the root of the rank as much in norm
     room = 1 + sqrt(min(kernel.shape[1:3])) * rounding
-    moved = _BandedValues.apply(kernel.flatten(2), min(low * room, high), max(high / room, min(low, high)))
+    low, high = min(low * room, high), max(high / room, min(low, high))
+    moved = in_full_precision(lambda matrices: _BandedValues.apply(matrices, low, high))(kernel.flatten(2))
     return op.from_canonical(moved.reshape(kernel.shape)).to(dtype)
 
 
@@ -205,21 +211,83 @@ def _banded_matrix(op: LinearOperator, low: float, high: float, dtype: torch.dty
 @full_precision
 def _clipped_kernel(op: LinearOperator, max_norm: float, weight: Tensor, into_ball: Rescaled) -> Tensor:
     """The clip on a grid, cropped to the taps and scaled; the `weight` itself where that is proven to be inside at once."""
+    check_finite(weight)
     kernel = op.canonical()
     level = max_norm / op.lattice_factor
-    goal = level * (1 + _TOLERANCE)
-    if lattice_norm(kernel, _RTOL, goal).upper <= goal:
-        return weight
     taps = tuple(kernel.shape[3:])
     sizes = tuple(max(_OVERSAMPLING * (k - 1), 1) for k in taps)
     theta, counts = half_plane(sizes, kernel)
-    values = symbol(kernel, theta)
-    excess = (values - _BandedValues.apply(values, 0.0, level)).flatten(1)
+    excess, peak = _excess(symbol(kernel, theta), level)
+    goal = level * (1 + _TOLERANCE)
+    if peak <= level * (1 + _SURELY_OUTSIDE) and lattice_norm(kernel, _INSIDE_RTOL, goal).upper <= goal:
+        return weight
+    excess = excess.flatten(1)
     # back to the taps: the mean over the frequencies of the real part
     angles = product([torch.arange(k) for k in taps], theta) @ theta.T
     shares = counts / prod(sizes)
     cropped = (angles.cos() * shares) @ excess.real - (angles.sin() * shares) @ excess.imag
     return into_ball((op.weight - op.from_canonical(cropped.T.reshape(kernel.shape))).to(weight.dtype))
+
+
+def _certified(op: LinearOperator) -> Tensor:
+    """A bound of the norm, smooth but where another frequency takes over."""
+    if op.is_finite:
+        return cosine_grid(op, oversampling=_CERTIFIED_OVERSAMPLING)
+    kernel = op.canonical()
+    found = lattice_norm(kernel, _RTOL)
+    theta = found.theta[None]
+    block = symbol(kernel[found.group : found.group + 1].to(theta), theta)[0, 0]
+    # the search compares values in float32, whose rounding is not smooth
+    upper = max(found.upper, found.value * (1 + _RTOL + _TOLERANCE))
+    return matrix_norm(block) * (upper / found.value * op.lattice_factor)
+
+
+def _excess(matrices: Tensor, level: float) -> tuple[Tensor, float]:
+    """What `min(Σ, level)` takes away from each matrix, and the largest singular value or something above `_HIGHEST` levels."""
+    peak = float(matrices.detach().abs().amax())
+    if peak <= _HIGHEST * level:
+        tall = matrices.shape[-2] > matrices.shape[-1]
+        excess, largest = _Excess.apply((matrices.mT if tall else matrices) / level)
+        peak = float(largest) * level
+    if peak > _HIGHEST * level:
+        return matrices - _BandedValues.apply(matrices, 0.0, level), peak
+    return (excess.mT if tall else excess) * level, peak
+
+
+class _Excess(torch.autograd.Function):
+    """`U max(Σ - 1, 0) V*` of wide matrices, in half the time of an SVD: `h(X X*) X` with `h(σ²) = max(1 - 1 / σ, 0)`.
+
+    In the basis `U` the derivative of `h` multiplies by the divided differences
+
+        (h(σᵢ²) - h(σⱼ²)) / (σᵢ² - σⱼ²) = shareᵢⱼ / (max(σⱼ, 1) σᵢ (σᵢ + σⱼ)),   σᵢ ≥ σⱼ,
+
+    where `shareᵢⱼ` of the interval `[σⱼ, σᵢ]` lies above one, so nothing is lost where they are close.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        squares, u = torch.linalg.eigh(matrices @ matrices.mH)
+        s = squares.clamp(min=0).sqrt()
+        turned = u.mH @ matrices
+        ctx.save_for_backward(u, s, turned)
+        largest = s.amax()
+        ctx.mark_non_differentiable(largest)
+        return (u * (1 - 1 / s.clamp(min=1)).unsqueeze(-2)) @ turned, largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        u, s, turned = ctx.saved_tensors
+        larger = torch.maximum(s.unsqueeze(-1), s.unsqueeze(-2))
+        smaller = torch.minimum(s.unsqueeze(-1), s.unsqueeze(-2))
+        above, below = larger.clamp(min=1), smaller.clamp(min=1)
+        length = larger - smaller
+        share = torch.where(length > 0, (above - below) / length, (smaller > 1).to(s.dtype))
+        differences = share / (below * above * (above + smaller))
+        gradient = u.mH @ gradient
+        inner = differences * (gradient @ turned.mH)
+        outer = (1 - 1 / s.clamp(min=1)).unsqueeze(-1) * gradient
+        return u @ (outer + (inner + inner.mH) @ turned)
 
 
 class _BandedValues(torch.autograd.Function):

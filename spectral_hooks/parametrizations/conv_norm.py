@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..operators import ConvOperator, LinearOperator, as_operator
 from ..operators.padding import pad
 from ..operators.symbols import half_plane, product, symbol
-from .skew import CONV, Memory, convolution, plain, take_over
+from .modules import CONV, Memory, convolution, plain, take_over
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
 _FLOOR = 1e-6

@@ -19,9 +19,10 @@ def register(layer: Layer, parametrization: nn.Module, name: str = "weight") -> 
     What another parametrization of this package has made of the tensor becomes the starting point.
 
     Raises:
-        ValueError: the tensor is parametrized from elsewhere, or is no parameter.
+        ValueError: the tensor is parametrized from elsewhere, is no parameter, or is sharded over processes.
     """
     _check_alone(type(layer).__name__, layer, name)
+    check_whole(type(layer).__name__, layer)
     if _is_ours(layer, name):
         _bake(layer, name)
     if name not in layer._parameters:
@@ -46,8 +47,9 @@ def remove_spectral(model: nn.Module) -> nn.Module:
         The model, or its replacement if it is itself such a module.
 
     Raises:
-        ValueError: a weight also carries a parametrization from elsewhere, which could not be kept.
-        NotImplementedError: a module equals no plain layer, such as a `skew` convolution. In both cases nothing has been changed.
+        ValueError: a weight also carries a parametrization from elsewhere, which could not be kept; or it is sharded over
+            processes (FSDP2, tensor parallelism): load the full state dict into an unsharded copy, and make that plain.
+        NotImplementedError: a module equals no plain layer, such as a `skew` convolution. In each case nothing has been changed.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -60,11 +62,14 @@ def remove_spectral(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module; got {type(model).__name__}.")
     found = [(name, layer, tensor) for name, layer in model.named_modules() for tensor in spectral_tensors(layer)]
+    remedy = "load the full state dict (torch.distributed.checkpoint.state_dict) into an unsharded copy, and make that plain."
+    replacements = [(name, module) for name, module in model.named_modules() if _is_replacement(module)]
     for name, layer, tensor in found:
         _check_alone(name or type(layer).__name__, layer, tensor)
-    for module in model.modules():
-        if _stands_for_a_layer(module):
-            cast(Any, module).to_plain()  # asked for its error before anything changes
+    for name, module in [*((name, layer) for name, layer, _ in found), *replacements]:
+        check_whole(name or type(module).__name__, module, remedy)
+    for _, module in replacements:
+        cast(Any, module).to_plain()  # asked for its error before anything changes
     for _, layer, tensor in found:
         _bake(layer, tensor)
     return _plain(model, {})
@@ -86,8 +91,8 @@ def spectral_report(model: nn.Module) -> dict[str, str]:
     for name, layer in model.named_modules():
         if "parametrizations" in name.split(".") or any(name.startswith(prefix) for prefix in replaced):
             continue
-        if _is_replacement(layer):
-            report[name] = type(layer).__name__
+        if (kind := _kind(layer)) and _is_replacement(layer):
+            report[name] = kind.__name__
             replaced.append(f"{name}." if name else "")
             continue
         made = [repr(p) for tensor in spectral_tensors(layer) for p in _held(layer, tensor)]
@@ -112,15 +117,17 @@ def _held(layer: Any, name: str) -> list[nn.Module]:
     return list(layer.parametrizations[name]) if parametrize.is_parametrized(layer, name) else []
 
 
+def _kind(module: nn.Module) -> type | None:
+    """The module's class of this package, if it has one; `fully_shard` puts a class of its own before."""
+    package = __name__.split(".")[0]
+    return next((kind for kind in type(module).__mro__ if kind.__module__.split(".")[0] == package), None)
+
+
 def _in_package(module: nn.Module) -> bool:
-    return type(module).__module__.split(".")[0] == __name__.split(".")[0]
+    return _kind(module) is not None
 
 
 def _is_replacement(module: nn.Module) -> bool:
-    return _in_package(module) and hasattr(module, "to_plain")
-
-
-def _stands_for_a_layer(module: nn.Module) -> bool:
     return _in_package(module) and hasattr(module, "to_plain")
 
 
@@ -135,6 +142,13 @@ def _check_alone(where: str, layer: nn.Module, name: str) -> None:
             f"{where}: its `{name}` is parametrized by {', '.join(others)}, which is none of this package and cannot be kept "
             "beside it; call torch.nn.utils.parametrize.remove_parametrizations first."
         )
+
+
+def check_whole(where: str, layer: nn.Module, remedy: str = "parametrize it before fully_shard or parallelize_module.") -> None:
+    """Refuse parameters that are sharded over processes (DTensor), or are gathered by FSDP2 for a while."""
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in layer.parameters())
+    if sharded or any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__):
+        raise ValueError(f"the parameters of {where} are sharded over processes (DTensor); {remedy}")
 
 
 def _bake(layer: nn.Module, name: str) -> None:
@@ -171,6 +185,6 @@ def _load_plain(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None
         for parametrization in reversed(held):
             value = parametrization.right_inverse(value)
         originals = {"original": value} if held.is_tensor else {f"original{i}": part for i, part in enumerate(value)}
-        # right_inverse may have set buffers too
-        made = dict(held.named_buffers()) | originals
+        # what right_inverse has set beside it, and what stays as it is
+        made = held.state_dict() | originals
         state.update({f"{prefix}parametrizations.{name}.{key}": part for key, part in made.items()})

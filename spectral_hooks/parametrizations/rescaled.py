@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import cos, inf, pi, prod, sqrt
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..operators import as_operator
 from ..operators.base import LinearOperator
 from ..operators.symbols import product, symbol
 from ..projections import check_max_norm
+from .modules import Memory
 from .remove import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -99,40 +100,23 @@ class Rescaled(nn.Module):
         self.op = op.with_weight(torch.empty_like(op.weight, device="meta", requires_grad=False))
         self.max_norm = max_norm
         self.bound = bound
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._memory = Memory()
 
     def extra_repr(self) -> str:
         return f"max_norm={self.max_norm}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
-
     def forward(self, weight: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.to(wide) * self._scale(weight).to(wide)).to(weight.dtype)
+        return (weight.to(wide) * self._memory(self, weight, self._scale).to(wide)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         # the parameter would share the storage of what is assigned
         return weight.clone()
 
     def _scale(self, weight: Tensor) -> Tensor:
-        """`min(1, c / bound)`, remembered in evaluation."""
-        tracked = torch.is_grad_enabled() and weight.requires_grad
-        if self.training or tracked or weight.is_meta or torch.compiler.is_compiling():
-            return self._fresh_scale(weight)
-        # By value: neither its address nor its version tells of a tensor changed through `.data`. Read once, for threads.
-        seen = self._seen
-        if seen is None or not _same(seen[0], weight):
-            self._seen = seen = (weight.detach().clone(), self._fresh_scale(weight))
-        return seen[1]
-
-    def _fresh_scale(self, weight: Tensor) -> Tensor:
+        """`min(1, c / bound)`."""
         op = self.op.with_weight(weight)
         return (self.max_norm / (self.bound(op) + _rounding(op)).clamp(min=self.max_norm)).clamp(max=1.0)
-
-
-def _same(seen: Tensor, weight: Tensor) -> bool:
-    return seen.dtype == weight.dtype and seen.device == weight.device and torch.equal(seen, weight)
 
 
 def _rounding(op: LinearOperator) -> Tensor:

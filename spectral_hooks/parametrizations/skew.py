@@ -1,47 +1,41 @@
-"""Orthogonal convolutions under zero padding: a polynomial of a skew-symmetric convolution whose modulus is one.
-
-A convolution of any stride and channels is first brought to a square one of stride 1: space to depth (`Unstrided`), zero channels
-before, truncation after. An orthogonal map in between leaves an isometry, or the adjoint of one where there are fewer outputs.
-"""
+"""Orthogonal convolutions under zero padding: a polynomial of a skew-symmetric convolution whose modulus is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import asinh, cosh, pi, prod, sin, sinh, sqrt
-from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.autograd import forward_ad
 
-from ..operators import ConvOperator, LinearOperator, as_operator
+from ..operators import ConvOperator
 from ..operators.padding import pad
-from .remove import remove_spectral
-from .rescaled import quick
-
-Value = TypeVar("Value")
+from ..operators.symbols import half_plane, symbol
+from .modules import CONV, OrthogonalConv
+from .rescaled import _grid, _result_dtype, quick
 
 #: How far, below one, the squared modulus of the polynomial may fall.
 _RIPPLE = 6e-6
 #: Beyond, coefficients are so large that rounding in float32 is no longer small against the ripple.
 _HIGHEST_DEGREE = 8
-#: Resolutions for which something is remembered.
-_MOST_KEPT = 8
-
-CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-MODULES: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+#: Squarings of a symbol before its length is taken: with `n` rows at most `n^(1/64)` times the norm, 1.07 for 64.
+_SQUARINGS = 5
+#: Singular values below this share of the largest one count as this in a derivative by them.
+_SMALLEST = 1e-4
 
 
 def skew(layer: nn.modules.conv._ConvNd, *, degree: int = 4) -> SkewConv:
     """Replace a convolution by an orthogonal one of the same shapes, orthogonal under zero padding too.
 
-        A = p(J),   J = α (M - Mᵀ),   |p(iω)| = 1 for |ω| ≤ 1,
+        A = p(J) C,   J = α (M Cᵀ - C Mᵀ),   |p(iω)| = 1 for |ω| ≤ 1,
 
     `M` the convolution with the layer's kernel and `Mᵀ` its adjoint: the flipped kernel, channels swapped. Zero padding keeps `J`
-    skew, so its eigenvalues are imaginary, `iω`. `α = min(1, 1 / bound(M - Mᵀ))` keeps them in `[-i, i]` by a certified bound.
+    skew, so its eigenvalues are imaginary, `iω`. `α = min(1, 1 / bound(J))` keeps them in `[-i, i]` by a certified bound.
+
+    With as many outputs as inputs times strides `C` is the identity, or space to depth. Else it is the convolution of patches as
+    large as the stride, with orthonormal rows or columns, that is nearest to `M`: the polar factor of the taps which `M` has
+    there, as a matrix outputs × (inputs · strides). So what is exponentiated has the channels and the size of the output.
 
     In place of a truncated exponential `Σ Jᵗ / t!`, whose error `‖J‖^{T+1} / (T+1)!` asks for 8 terms up to an angle of 1 and for
     16 up to π, `p` is the polynomial whose modulus stays nearest to one: the denominator of Chebyshev's low-pass filter. Its
@@ -50,8 +44,8 @@ def skew(layer: nn.modules.conv._ConvNd, *, degree: int = 4) -> SkewConv:
         3: 0.43   4: 0.98   5: 1.71   6: 2.56   7: 3.51   8: 4.54
 
     Guaranteed: all singular values of `A` lie in `1 ± 3e-6`, up to the rounding of the dtype, in training and evaluation, for
-    every weight and at every input size, with `AᵀA = I` (`AAᵀ = I` where there are fewer outputs than inputs). For even degrees
-    none exceeds one.
+    every weight and at every input size, with `AᵀA = I`, or `AAᵀ = I` where outputs are fewer than inputs times strides. For even
+    degrees none exceeds one.
 
     Args:
         layer: an `nn.Conv1d/2d/3d` with zero or circular padding that keeps the size, or divides it by the stride. The parameters
@@ -61,9 +55,10 @@ def skew(layer: nn.modules.conv._ConvNd, *, degree: int = 4) -> SkewConv:
     Returns:
         The module to put in the place of the layer: `model.conv = skew(model.conv)`. The stride must divide the input size.
 
-    Cost: `degree` convolutions of `m` by `m` channels, `m` the larger of outputs and (inputs · strides), and in training the
-    bound of `rescaled`. That is at most 17 % too high for `m ≤ 64`; beyond, twice too high for a random kernel, and the largest
-    angle is half as large.
+    Cost: `degree` convolutions of outputs by outputs channels without stride, at the size of the output; that of `C`; and in
+    training a bound, and the singular value decomposition for `C`. In evaluation without gradients, uncompiled, these are
+    remembered while the weight stays the same. The bound is 3 % to 17 % too high for random kernels of up to 64 outputs, and at
+    most 25 %; beyond, it is twice too high for a random kernel, and the largest angle half as large.
 
     Raises:
         TypeError: `layer` is no convolution.
@@ -78,12 +73,12 @@ def skew(layer: nn.modules.conv._ConvNd, *, degree: int = 4) -> SkewConv:
         >>> bool((layer(x).norm() / x.norm() - 1).abs() < 1e-5)
         True
 
-    Sources: Singla and Feizi (2021), with the exponential; the polynomial is this library's.
+    Sources: Singla and Feizi (2021), with the exponential, and space to depth before and a selection of channels after in place
+    of `C`; the polynomial is this library's.
     """
     if isinstance(degree, bool) or not isinstance(degree, int) or not 2 <= degree <= _HIGHEST_DEGREE:
         raise ValueError(f"`degree` must be an int from 2 to {_HIGHEST_DEGREE}; got {degree!r}.")
-    geometry = Unstrided.of(layer, "skew")
-    return SkewConv(layer, geometry, degree)
+    return SkewConv(layer, degree)
 
 
 def modulus_one(degree: int, ripple: float = _RIPPLE) -> list[float]:
@@ -108,281 +103,111 @@ def modulus_one(degree: int, ripple: float = _RIPPLE) -> list[float]:
     return [c / coefficients[0] for c in coefficients]
 
 
-class SkewConv(nn.Module):
+class SkewConv(OrthogonalConv):
     """What `skew` puts in the place of a layer: a norm-preserving convolution, of no single kernel.
 
     Args:
         layer: the convolution whose parameters this takes over.
-        geometry: its reduction to stride 1.
         degree: as for `skew`.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: nn.modules.conv._ConvNd, geometry: Unstrided, degree: int) -> None:
-        super().__init__()
-        self.geometry = geometry
+    def __init__(self, layer: nn.modules.conv._ConvNd, degree: int) -> None:
+        super().__init__(layer, "skew")
         self.degree = degree
-        take_over(self, layer)
         coefficients = modulus_one(degree)
         self._ratios = [after / before for before, after in pairwise(coefficients)]
-        self._memory = Memory()
 
     def extra_repr(self) -> str:
-        return f"{self.geometry}, degree={self.degree}"
+        return f"{super().extra_repr()}, degree={self.degree}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.around(x, self.bias, self._turned)
-
-    def to_plain(self) -> nn.Module:
-        """The equal plain convolution, whose kernel is as large as its stride: for layers whose patches do not overlap.
-
-        Raises:
-            NotImplementedError: patches overlap; then no convolution of a small kernel is this map.
-        """
-        with torch.no_grad():
-            op = self.geometry.operator(self, self._turned)
-        return plain(self, op.weight, stride=op.stride, groups=op.groups)
-
-    def _turned(self, x: Tensor) -> Tensor:
-        """`p(J) x` with zero channels added before and the surplus dropped after; by Horner's rule, a convolution per degree."""
-        geometry = self.geometry
-        if geometry.columns < geometry.size:
-            x = x.unflatten(1, (geometry.groups, geometry.columns))
-            x = F.pad(x, [0, 0] * geometry.dims + [0, geometry.size - geometry.columns]).flatten(1, 2)
-        kernel = self._memory(self, self.weight, self._generator)
+    def _map(self, x: Tensor) -> Tensor:
+        """`p(J) C x`; the polynomial by Horner's rule, a convolution per degree."""
+        geometry, conv = self.geometry, CONV[self.geometry.dims]
+        generator, frame = self._memory(self, self.weight, self._factors)
+        x = geometry.to_depth(x) if frame is None else conv(x, frame, None, geometry.stride, 0, 1, geometry.groups)
         reach = tuple(radius * geometry.dilation for radius in geometry.radius)
         circular = geometry.padding_mode == "circular"
-        padding = 0 if circular else reach
         result = x
         for ratio in reversed(self._ratios):
             if circular:
                 result = pad(result, "circular", tuple((amount, amount) for amount in reach))
-            result = CONV[geometry.dims](result, kernel * ratio, None, 1, padding, geometry.dilation, geometry.groups).add_(x)
-        if geometry.rows < geometry.size:
-            result = result.unflatten(1, (geometry.groups, geometry.size))[:, :, : geometry.rows].flatten(1, 2)
+            padding = 0 if circular else reach
+            result = conv(result, generator * ratio, None, 1, padding, geometry.dilation, geometry.groups).add_(x)
         return result
 
-    def _generator(self, weight: Tensor) -> Tensor:
-        """The kernel of `J`."""
+    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The kernels of `J`, of stride 1, and of `C`, as large as its stride; none where that is the identity."""
         geometry = self.geometry
         kernel = geometry.kernel(weight.to(geometry.wide(weight)))
-        missing = [0, 0] * geometry.dims + [0, geometry.size - geometry.columns, 0, geometry.size - geometry.rows]
-        kernel = F.pad(kernel, missing)
-        kernel = (kernel - kernel.transpose(1, 2).flip(tuple(range(3, kernel.ndim)))).flatten(0, 1)
-        bound = quick(ConvOperator(kernel, padding=geometry.radius, groups=geometry.groups))
-        return kernel / bound.clamp(min=1.0).to(kernel.dtype)
+        frame = None
+        if geometry.rows != geometry.columns:
+            taps = kernel.flatten(3).movedim(-1, 1)
+            middle = taps[:, taps.shape[1] // 2]
+            if any(geometry.unread):
+                # the identity there keeps the rank
+                unread = torch.tensor(geometry.unread, dtype=middle.dtype, device=middle.device)
+                middle = middle + torch.eye(*middle.shape[1:], dtype=middle.dtype, device=middle.device) * unread
+            frames = nearest(middle)
+            frame = frames.flatten(0, 1).unflatten(1, (geometry.in_channels, *geometry.stride))
+            # of M Cᵀ
+            kernel = (taps @ frames.mT.unsqueeze(1)).movedim(1, -1).unflatten(3, kernel.shape[3:])
+        kernel = kernel - kernel.transpose(1, 2).flip(tuple(range(3, kernel.ndim)))
+        return kernel.flatten(0, 1) / _bound(kernel).clamp(min=1.0).to(kernel.dtype), frame
 
 
-@as_operator.register
-def _(layer: SkewConv, input_size: int | Sequence[int] | None = None) -> LinearOperator:
-    return layer.geometry.operator(layer, layer._turned, input_size)
+def nearest(x: Tensor) -> Tensor:
+    """`UVᵀ` of `x = UΣVᵀ`, batches of tall or wide matrices. Its derivative is finite everywhere, also where it has none."""
+    if x.shape[-2] < x.shape[-1]:
+        return nearest(x.mT).mT
+    fixed = forward_ad.unpack_dual(x).primal.detach()
+    with torch.no_grad():
+        wide = fixed if x.device.type == "mps" else fixed.double()
+        # solvers raise on NaN, which the skew part shows
+        u, s, vh = torch.linalg.svd(torch.nan_to_num(wide), full_matrices=False)
+        u, s, vh, result = (part.to(x.dtype) for part in (u, s, vh, u @ vh))
+        floor = torch.where(s[..., :1] > 0, s[..., :1] * _SMALLEST, 1.0)
+    # zero, with the derivative of x
+    change = x - fixed
+    right = change @ vh.mT
+    turned = u.mT @ right
+    sums = (s.unsqueeze(-1) + s.unsqueeze(-2)).clamp(min=floor.unsqueeze(-1))
+    inside = (turned - turned.mT) / sums
+    outside = (right - u @ turned) / s.clamp(min=floor).unsqueeze(-2)
+    return result + (u @ inside + outside) @ vh
 
 
-# -- shared by the orthogonal convolutions ----------------------------------------------------------------------------------
+def _bound(kernel: Tensor) -> Tensor:
+    """An upper bound of the norm of skew kernels of stride 1, `(groups, n, n, *taps)`; 0-d. On the grid that `quick` takes,
 
+        max_θ ‖J(θ)‖ ≤ factor · max_{θ on the grid} ‖J(θ)^(2^t)‖_F^(1 / 2^t),
 
-@dataclass(frozen=True)
-class Unstrided:
-    """A convolution as one of stride 1, after space to depth.
-
-    Attributes:
-        rows, columns: channels per group of its outputs and, counted after space to depth, its inputs.
-        radius: the kernel of stride 1 has `2 · radius + 1` taps along an axis, around the position that it writes to.
+    since `J(θ)` is normal: matrix products in place of its eigenvalues. Without a grid, `quick`. The derivative is that at the
+    winner.
     """
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: int
-    groups: int
-    rows: int
-    columns: int
-    radius: tuple[int, ...]
-    padding_mode: str
-
-    @staticmethod
-    def of(layer: Any, name: str) -> Unstrided:
-        """That of a layer, or the error why there is none."""
-        op = convolution(layer, name)
-        if layer.padding_mode not in ("zeros", "circular"):
-            raise NotImplementedError(
-                f"`layer` has {layer.padding_mode} padding, which repeats inputs and is never orthogonal; use zeros or circular."
-            )
-        if len(set(op.dilation)) > 1 or (
-            op.dilation[0] > 1 and (set(op.stride) != {1} or any(k % 2 == 0 for k in layer.kernel_size))
-        ):
-            raise NotImplementedError(
-                f"{name} takes a dilation only at stride 1, for odd kernels and alike on every axis; got "
-                f"dilation={layer.dilation}, stride={layer.stride}, kernel_size={layer.kernel_size}."
-            )
-        for (before, after), k, s, d in zip(op.padding, layer.kernel_size, op.stride, op.dilation, strict=True):
-            if not 0 <= before + after - d * (k - 1) - 1 + s < s:
-                raise ValueError(
-                    f"`layer` must keep the size of its input, or divide it by the stride: with kernel_size={layer.kernel_size}, "
-                    f"stride={layer.stride} and dilation={layer.dilation} that takes padding={d * (k - 1) // 2}; "
-                    f"got padding={layer.padding}."
-                )
-        dilation = op.dilation[0]
-        padding = tuple((before // dilation, after // dilation) for before, after in op.padding)
-        # blocks of the stride that a kernel reads, before and after the one it writes to
-        radius = tuple(
-            max(-(-before // s), (k - 1 - before) // s)
-            for (before, _), k, s in zip(padding, layer.kernel_size, op.stride, strict=True)
-        )
-        return Unstrided(
-            kernel_size=tuple(layer.kernel_size),
-            stride=op.stride,
-            padding=padding,
-            dilation=dilation,
-            groups=layer.groups,
-            rows=layer.out_channels // layer.groups,
-            columns=layer.in_channels // layer.groups * prod(op.stride),
-            radius=radius,
-            padding_mode=layer.padding_mode,
-        )
-
-    def __str__(self) -> str:
-        channels = f"{self.columns // prod(self.stride) * self.groups}, {self.rows * self.groups}"
-        shown = f"{channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        shown += f", dilation={self.dilation}" if self.dilation > 1 else ""
-        return shown + (f", groups={self.groups}" if self.groups > 1 else "") + f", padding_mode={self.padding_mode}"
-
-    @property
-    def dims(self) -> int:
-        return len(self.stride)
-
-    @property
-    def size(self) -> int:
-        """Channels per group of a square convolution that has room for both."""
-        return max(self.rows, self.columns)
-
-    @staticmethod
-    def wide(x: Tensor) -> torch.dtype:
-        """Float32 at least: in half precision nothing is orthogonal."""
-        return torch.promote_types(x.dtype, torch.float32)
-
-    def kernel(self, weight: Tensor) -> Tensor:
-        """The weight as a kernel of stride 1, `(groups, rows, columns, *taps)`: phases of the stride as input channels."""
-        amounts = []
-        for (before, _), k, s, radius in zip(self.padding, self.kernel_size, self.stride, self.radius, strict=True):
-            first = radius * s - before
-            amounts.append((first, (2 * radius + 1) * s - first - k))
-        weight = F.pad(weight, [amount for pair in reversed(amounts) for amount in pair])
-        return self._to_depth(weight.unflatten(0, (self.groups, self.rows)), 3)
-
-    def _to_depth(self, x: Tensor, first: int) -> Tensor:
-        """Positions within a block become channels, of the axis before the `first` spatial one."""
-        if set(self.stride) == {1}:
-            return x
-        for axis, s in enumerate(self.stride):
-            x = x.unflatten(first + 2 * axis, (-1, s))
-        blocks = [first + 2 * axis for axis in range(self.dims)]
-        x = x.permute(*range(first), *(axis + 1 for axis in blocks), *blocks)
-        return x.flatten(first - 1, first - 1 + self.dims)
-
-    def around(self, x: Tensor, bias: Tensor | None, inner: Callable[[Tensor], Tensor]) -> Tensor:
-        """Space to depth, a map from `columns` to `rows` channels of each group, and the bias; in float32 at least."""
-        channels = self.groups * self.columns // prod(self.stride)
-        if x.ndim == self.dims + 1:
-            return self.around(x.unsqueeze(0), bias, inner).squeeze(0)
-        if x.ndim != self.dims + 2 or x.shape[1] != channels:
-            raise ValueError(f"`x` must have shape (batch, {channels}{', size' * self.dims}); got {tuple(x.shape)}.")
-        if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
-            raise ValueError(f"`x` must have sizes that the stride {self.stride} divides; got {tuple(x.shape[2:])}.")
-        device = x.device.type
-        autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
-        return without_autocast(lambda x: self._around(x, bias, inner), x).to(dtype)
-
-    def _around(self, x: Tensor, bias: Tensor | None, inner: Callable[[Tensor], Tensor]) -> Tensor:
-        x = self._to_depth(x.to(self.wide(x)), 2)
-        y = inner(x)
-        return y if bias is None else y + bias.to(y.dtype).unflatten(0, (-1, *[1] * self.dims))
-
-    def operator(
-        self, module: Any, inner: Callable[[Tensor], Tensor], input_size: int | Sequence[int] | None = None
-    ) -> ConvOperator:
-        """That of the plain convolution that equals the module, or the reason why there is none."""
-        if any(self.radius):
-            raise NotImplementedError(
-                f"{type(module).__name__} is orthogonal by construction and no convolution of a small kernel: it has no weight "
-                "to measure, to change or to make plain. Its norm is 1: keep it, and exclude it where weights are acted on."
-            )
-        # without overlap nothing is seen of the neighbours, and a single position tells all
-        parts = torch.eye(self.columns, device=module.weight.device, dtype=self.wide(module.weight)).repeat(1, self.groups)
-        parts = parts.reshape(self.columns, self.groups * self.columns, *[1] * self.dims)
-        weight = without_autocast(inner, parts).flatten(1).T.reshape(self.groups * self.rows, -1, *self.stride)
-        weight = weight.to(module.weight.dtype)
-        return ConvOperator(weight, stride=self.stride, groups=self.groups, input_size=input_size)
+    sizes, factor = _grid(kernel)
+    if not sizes:
+        radius = [k // 2 for k in kernel.shape[3:]]
+        return quick(ConvOperator(kernel.flatten(0, 1), padding=radius, groups=len(kernel)))
+    theta, _ = half_plane(tuple(sizes), kernel)
+    with torch.no_grad():
+        index = _powered(kernel, theta).argmax().reshape(1)
+    group, place = index % len(kernel), torch.div(index, len(kernel), rounding_mode="floor")
+    n = kernel.shape[1]
+    # of every squaring: the Frobenius norm is at most √n times the norm, and a sum of n products rounds n times
+    rounding = 1 + 4 * n * (n + prod(kernel.shape[3:])) * torch.finfo(kernel.dtype).eps
+    return _powered(kernel.index_select(0, group), theta.index_select(0, place)).squeeze(0) * (factor * rounding)
 
 
-def convolution(layer: Any, name: str) -> ConvOperator:
-    """The operator of a plain convolution of torch, or the error why a layer is none."""
-    if not isinstance(layer, nn.modules.conv._ConvNd):
-        hint = " For a matrix use orthogonal." if isinstance(layer, nn.Linear) else ""
-        raise TypeError(f"`layer` must be nn.Conv1d, nn.Conv2d or nn.Conv3d; got {type(layer).__name__}.{hint}")
-    if layer.transposed:
-        raise NotImplementedError(f"{name} of a transposed convolution is not supported: use a convolution and upsampling.")
-    op = as_operator(layer)
-    if type(layer).forward is not MODULES[layer.weight.ndim - 2].forward:
-        kind = type(layer).__name__
-        raise NotImplementedError(f"{kind} has a forward of its own, which {name} would lose: use a plain convolution.")
-    return cast(ConvOperator, op)
-
-
-def take_over(module: Any, layer: Any) -> None:
-    """Give a module the parameters of the layer that it replaces; what this package has parametrized becomes plain before."""
-    remove_spectral(layer)
-    if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
-        kind = type(layer).__name__
-        raise ValueError(f"the weight of {kind} is pruned or parametrized from elsewhere: make that permanent first.")
-    module.weight, module.bias = layer.weight, layer.bias
-    module.train(layer.training)
-
-
-def plain(module: Any, weight: Tensor, **settings: Any) -> nn.Module:
-    """A plain convolution with this weight, and with the bias of the module in whose place it comes."""
-    out, in_, *taps = weight.shape
-    like = {"device": weight.device, "dtype": weight.dtype}
-    result = MODULES[len(taps)](in_ * settings["groups"], out, tuple(taps), bias=False, **settings, **like)
-    result.weight = nn.Parameter(weight.detach().clone(), requires_grad=module.weight.requires_grad)
-    result.bias = module.bias
-    return result.train(module.training)
-
-
-def without_autocast(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of a tensor, undisturbed by autocast."""
-    if not torch.amp.autocast_mode.is_autocast_available(x.device.type):
-        return function(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return function(x)
-
-
-class Memory:
-    """Functions of a weight, remembered in evaluation while the weight keeps its values; in no state dict, in no copy."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[Tensor, dict[Any, Any]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": None}
-
-    def __call__(self, module: nn.Module, weight: Tensor, make: Callable[[Tensor], Value], key: Any = None) -> Value:
-        """`make(weight)`, or what that gave before for this `key`."""
-        tracked = torch.is_grad_enabled() and weight.requires_grad
-        if module.training or tracked or weight.is_meta or torch.compiler.is_compiling():
-            return make(weight)
-        # By value: neither its address nor its version tells of a tensor changed through `.data`. Read once, for threads.
-        seen = self._seen
-        if seen is None or seen[0].dtype != weight.dtype or seen[0].device != weight.device or not torch.equal(seen[0], weight):
-            seen = (weight.detach().clone(), {})
-        if key not in seen[1]:
-            # what is made in inference mode could not be used outside
-            with torch.inference_mode(False), torch.no_grad():
-                value = make(weight.detach())
-            kept = list(seen[1].items())[-_MOST_KEPT + 1 :]
-            self._seen = seen = (seen[0], {**dict(kept), key: value})
-        return seen[1][key]
+def _powered(kernel: Tensor, theta: Tensor) -> Tensor:
+    """`‖J(θ)^(2^t)‖_F^(1 / 2^t)`, for every frequency and group."""
+    taps = prod(kernel.shape[3:])
+    # the largest norm of the symbol lies between the Frobenius norm over √n and times √taps, so no power overflows
+    length = torch.linalg.vector_norm(kernel.detach().flatten(1), dim=1, dtype=_result_dtype(kernel)).amax()
+    scale = (length * (taps / kernel.shape[1]) ** 0.25).clamp(min=torch.finfo(kernel.dtype).tiny)
+    power = symbol(kernel / scale.to(kernel.dtype), theta).flatten(0, 1)
+    for _ in range(_SQUARINGS):
+        power = power @ power
+    parts = torch.view_as_real(power).flatten(1)
+    lengths = torch.linalg.vector_norm(parts, dim=1, dtype=_result_dtype(parts))
+    # a root has no derivative at zero
+    return lengths.clamp(min=torch.finfo(lengths.dtype).tiny).pow(2.0**-_SQUARINGS) * scale

@@ -63,13 +63,18 @@ def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
     Source: Cayley (1846); on the Stiefel manifold Wen and Yin (2013).
     """
     p, q = x.shape[-2:]
-    base = _identity(x) if base is None else base
+    eye = torch.eye(q, dtype=x.dtype, device=x.device)
     if p == q:
-        b = torch.add(torch.eye(q, dtype=x.dtype, device=x.device) / 2, x.mT - x, alpha=1 / 8)
+        base = _identity(x) if base is None else base
+        b = torch.add(eye / 2, x.mT - x, alpha=1 / 8)
         return _polished(torch.linalg.solve(b, base, left=False) - base)
+    if base is None:  # U stands on top of V
+        u, v = x.tensor_split((q,), -2)
+        inverse = torch.linalg.inv(torch.add(eye / 2, u.mT - u + v.mT @ v, alpha=1 / 8))
+        return _polished(torch.cat([inverse - eye, v @ inverse / 2], -2))
     u = base.mT @ x
     v = x - base @ u
-    b = torch.add(torch.eye(q, dtype=x.dtype, device=x.device) / 2, u.mT - u + v.mT @ v, alpha=1 / 8)
+    b = torch.add(eye / 2, u.mT - u + v.mT @ v, alpha=1 / 8)
     return _polished(torch.linalg.solve(b, base + v / 2, left=False) - base)
 
 

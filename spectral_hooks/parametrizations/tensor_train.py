@@ -20,6 +20,9 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 #: What a layer's forward needs beside its weight.
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "transposed")
 
+#: From so many points on, one matrix product an image is faster than a convolution, which reorders what it reads and writes.
+_MANY_POINTS = 64
+
 
 def tensor_train(layer: nn.Module, rank: int | Sequence[int]) -> TensorTrain:
     """Replace a layer by one of low rank in tensor-train form, near it, whose singular values are those of its core.
@@ -45,12 +48,16 @@ def tensor_train(layer: nn.Module, rank: int | Sequence[int]) -> TensorTrain:
         The module to put in the place of the layer: `model.conv = tensor_train(model.conv, 16)`. Loading a plain checkpoint
         converts it; `sh.remove_spectral` and `to_plain()` give one dense layer, `to_sequential()` three thin ones.
 
+    Modules that read the `weight` of a layer themselves see the core. `nn.TransformerEncoderLayer` does so for its linear layers
+    in eval mode, and is kept from it.
+
     Cost: a 1×1 convolution to `r` channels, the layer's own on `r` channels, a 1×1 convolution back, and the frames at `O(c
-    r²)` in each forward. The conversion is an SVD of the kernel for each side.
+    r²)` in each forward. The 1×1 convolutions of contiguous images are matrix products, which are faster. The conversion is an
+    SVD of the kernel for each side.
 
     Raises:
         TypeError: another kind of layer.
-        ValueError: a rank out of range; a weight that is not finite or not there.
+        ValueError: a rank out of range; a weight that is not finite or not there, in a plain checkpoint too.
         NotImplementedError: the layer's forward does not apply its weight as it is stored, or another module reads the weight.
 
     Example:
@@ -112,11 +119,16 @@ class TensorTrain(nn.Module):
             self._around = layer._reversed_padding_repeated_twice
         self.ranks = ranks
         core, outer, inner, self.error = self._converted(weight)
+        with torch.enable_grad():  # that of a parametrized weight is computed
+            trained = layer.weight.requires_grad
         for name, value in (("weight", core), ("out_free", outer), ("in_free", inner)):
-            setattr(self, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
-        self.bias = layer.bias
+            setattr(self, name, nn.Parameter(value, requires_grad=trained))
+        bias = layer.bias
+        self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach()))
         self.train(layer.training)
         self.register_load_state_dict_pre_hook(_load_plain)
+        if not self.dims:
+            self.register_forward_pre_hook(_called)
 
     @property
     def in_frame(self) -> Tensor:
@@ -133,13 +145,36 @@ class TensorTrain(nn.Module):
         return f"{self.kind.__name__}, {shape}, rank={self.ranks}, error={self.error:.3g}"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._pointwise(x, self.in_frame.mT)
-        return self._pointwise(self._through_core(x), self.out_frame, self.bias)
+        outer, inner = self._frames()
+        x = self._pointwise(x, inner.mT)
+        return self._pointwise(self._through_core(x), outer, self.bias)
+
+    def _frames(self) -> tuple[Tensor, Tensor]:
+        """`L` and `R`: of equal shape together, for of small ones the calls are what costs."""
+        if self.out_free.shape != self.in_free.shape:
+            return self.out_frame, self.in_frame
+        outer, inner = cayley(torch.stack([self.out_free, self.in_free]))
+        return outer, inner
 
     def _pointwise(self, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The matrix of each group, applied to the channels at every point."""
         if not self.dims:
             return F.linear(x, matrices[0], bias)
-        return _CONV[self.dims](x, self._one_tap(matrices), bias, groups=self.groups)
+        if not self._is_stack(x, matrices):
+            return _CONV[self.dims](x, self._one_tap(matrices), bias, groups=self.groups)
+        images, _, *size = x.shape
+        left = matrices.expand(images, *matrices.shape).flatten(0, 1)
+        right = x.reshape(len(left), left.shape[2], prod(size))
+        if bias is None:
+            y = torch.bmm(left, right)
+        else:
+            y = torch.baddbmm(bias.view(self.groups, -1, 1).expand(images, -1, -1, -1).flatten(0, 1), left, right)
+        return y.reshape(images, self.groups * left.shape[1], *size)
+
+    def _is_stack(self, x: Tensor, matrices: Tensor) -> bool:
+        """Whether an input is a stack of large matrices, channels × points, as it lies in memory."""
+        fits = x.ndim == self.dims + 2 and x.shape[1] == self.groups * matrices.shape[2]
+        return fits and x.is_contiguous() and prod(x.shape[2:]) >= _MANY_POINTS
 
     def _one_tap(self, matrices: Tensor) -> Tensor:
         """Matrices, one for each group, as the weight of a plain layer."""
@@ -222,6 +257,10 @@ def _core(layer: TensorTrain, input_size: int | Sequence[int] | None = None) -> 
     return ConvOperator(layer.weight, **geometry, input_size=input_size)
 
 
+def _called(layer: nn.Module, inputs: Any) -> None:
+    """Does nothing: without a hook nn.TransformerEncoderLayer, in eval mode, multiplies by the weight of its child, the core."""
+
+
 def _load_plain(layer: TensorTrain, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a state dict is loaded: the weight of a plain layer, known by the lack of frames, is converted."""
     names = [f"{prefix}{name}" for name in ("weight", "out_free", "in_free")]
@@ -230,7 +269,8 @@ def _load_plain(layer: TensorTrain, state: dict[str, Any], prefix: str, *_: Any)
         core = by_groups(layer.weight, layer.groups, layer.transposed)
         plain = core.new_empty(len(core), layer.out_free.shape[1], layer.in_free.shape[1], *core.shape[3:], device="meta")
         if weight.shape == as_stored(plain, layer.transposed).shape:
-            core, outer, inner, layer.error = layer._converted(weight.to(layer.weight))
+            check_finite(weight)
+            core, outer, inner, layer.error = layer._converted(weight.to(layer.weight.dtype))
             state.update(zip(names, (core, outer, inner), strict=True))
 
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/isometries.py [--quick]
 
-Single thread. Medians of times, and of ratios to the plain layer's next call; ratios are what counts. `deviation` is `‖AᵀA - I‖`,
-or `‖AAᵀ - I‖` where there are fewer outputs than inputs, by power steps on the layer itself; empty where it is not promised.
+Single thread. Medians of processor times, and of ratios to the plain layer's next call; ratios are what counts. `deviation` is
+`‖AᵀA - I‖`, or `‖AAᵀ - I‖` where there are fewer outputs than inputs, by power steps on the layer itself; empty where it is not
+promised.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from spectral_hooks.parametrizations.cayley import cayley
 from spectral_hooks.parametrizations.clipped import clipped
 from spectral_hooks.parametrizations.conv_norm import conv_norm
+from spectral_hooks.parametrizations.group_shuffle import group_shuffle
 from spectral_hooks.parametrizations.rescaled import rescaled
 from spectral_hooks.parametrizations.skew import skew
 
@@ -50,6 +52,8 @@ CASES = [
     Case((64, 64), 32, 16),
     Case((64, 64), 16, 64),
     Case((128, 128), 16, 16),
+    Case((64, 64), 16, 32, stride=2),
+    Case((64, 64), 32, 32, stride=2),
     Case((64, 128), 16, 32, stride=2),
     Case((256, 256), 8, 32),
 ]
@@ -75,6 +79,7 @@ class Exponential(nn.Module):
 METHODS: dict[str, tuple[Callable[[nn.Conv2d], nn.Module], bool]] = {
     "skew, degree 4": (skew, True),
     "skew, degree 6": (lambda layer: skew(layer, degree=6), True),
+    "group_shuffle": (lambda layer: group_shuffle(layer, 2 ** ((layer.in_channels.bit_length() - 1) // 2)), True),
     "exponential, 12 terms": (Exponential, True),
     "cayley": (cayley, True),
     "conv_norm": (conv_norm, False),
@@ -102,14 +107,14 @@ def evaluation(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def ratio(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float]:
-    """Milliseconds of the first, and how many times those of the second, called right after."""
+    """Milliseconds of the processor of the first, and how many times those of the second, called right after."""
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
         for kept, call in zip(times, (first, second), strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if repeat:
-                kept.append(time.perf_counter() - start)
+                kept.append(time.process_time() - start)
     return statistics.median(times[0]) * 1e3, statistics.median(ours / plain for ours, plain in zip(*times, strict=True))
 
 

@@ -1,24 +1,27 @@
 """Norms of convolutions: time and tightness of every method, against NumPy FFT + SVD and others in the same run.
 
-    python tests/benchmarks/norms.py [--quick] [--models] [--picture FILE]
+    python tests/benchmarks/norms.py [--quick] [--models | --memory] [--picture FILE]
 
 Times are medians of a few calls. Ratios are what counts: machines differ and are shared. Peers are used when the environment
-variable SPECTRAL_HOOKS_PEERS names a folder that holds clones of `conv_norm` (Grishina et al. 2024) and `lip4conv` (Delattre et
-al. 2023, 2024).
+variable SPECTRAL_HOOKS_PEERS names a folder that holds clones of `conv_norm` (Grishina et al. 2024), `lip4conv` (Delattre et al.
+2023, 2024), `orthogonium` (Boissin et al. 2025) and `conv-sv` (Sedghi, Gupta, Long 2019, which needs tensorflow).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -84,33 +87,100 @@ def rfft_norm(case: Case) -> float:
     return float(torch.linalg.svdvals(blocks).max())
 
 
-def peers() -> dict[str, Callable[[Case], float]]:
-    """Peers that take a plain stride-1 kernel on the CPU."""
+#: A method of a peer: name, what it says of the norm, function, and whether its number is that of the circular layer or of the
+#: lattice, as in `METHODS`; and which cases it takes.
+Peer = tuple[str, str, Callable[[Case], float], str, Callable[[Case], bool]]
+
+
+def peers() -> list[Peer]:
+    """The methods of the peers that are there, on the CPU; a line for each that is not."""
     folder = os.environ.get("SPECTRAL_HOOKS_PEERS")
-    found: dict[str, Callable[[Case], float]] = {}
     if not folder:
-        return found
-    conv_norm, lip4conv = _module(folder, "conv_norm"), _module(folder, "lip4conv")
-    if conv_norm:
-        found["conv_norm: tensor norm, 100 steps"] = lambda c: float(conv_norm.compute_tensor_norm(c.weight, s=c.stride))
-        found["conv_norm: Singla & Feizi"] = lambda c: float(conv_norm.compute_singla_2021(c.weight, s=c.stride))
-    if lip4conv:
-        found["lip4conv: Delattre 2024"] = lambda c: float(lip4conv.compute_delattre2024(c.weight, return_time=False))
+        print("peers: none, SPECTRAL_HOOKS_PEERS is not set")
+        return []
+    found: list[Peer] = []
+
+    def ungrouped(case: Case) -> bool:
+        return case.groups == 1
+
+    def plain(case: Case) -> bool:
+        return case.groups == case.stride == 1
+
+    def unstrided(case: Case) -> bool:
+        return case.stride == 1
+
+    # convolutions with kernels of 17 taps squared: at 256 channels they take minutes
+    def plain_and_narrow(case: Case) -> bool:
+        return plain(case) and min(case.weight.shape[:2]) <= 128
+
+    def unstrided_and_narrow(case: Case) -> bool:
+        return unstrided(case) and min(case.weight.shape[:2]) <= 128
+
+    module = imported(folder, "conv-sv", "conv2d_singular_values")
+    if module:
+        values = module.SVD_Conv_Tensor_NP
+
+        def exact(case: Case) -> float:
+            return float(values(case.weight.numpy().transpose(2, 3, 0, 1), (case.size, case.size)).max())
+
+        found.append(("conv-sv: Sedghi, Gupta, Long", "exact", exact, "circular", plain))
+    module = imported(folder, "conv_norm", "bounds")
+    if module:
+        tensor, unfoldings = module.compute_tensor_norm, module.compute_singla_2021
+        uncertified = "not certified"
+        found += [
+            (
+                "conv_norm: tensor norm, 100 steps",
+                uncertified,
+                lambda c: float(tensor(c.weight, s=c.stride)),
+                "lattice",
+                ungrouped,
+            ),
+            ("conv_norm: Singla & Feizi", uncertified, lambda c: float(unfoldings(c.weight, s=c.stride)), "lattice", ungrouped),
+        ]
+    module = imported(folder, "lip4conv", "bounds")
+    if module:
+        # its method of 2023 needs a GPU
+        zero = module.compute_delattre2024
+        found.append(
+            ("lip4conv: Delattre 2024", "bound", lambda c: float(zero(c.weight, return_time=False)), "lattice", plain_and_narrow)
+        )
+    module = imported(folder, "orthogonium", "orthogonium.layers.conv.singular_values")
+    if module:
+
+        def largest(case: Case, padding: str, steps: int) -> float:
+            # it takes the product over groups unless told to list them
+            layer = SimpleNamespace(weight=case.weight, groups=case.groups, stride=(1, 1), padding_mode=padding)
+            options = {"agg_groups": False, "return_stab_rank": False, "device": "cpu", "imsize": case.size}
+            return max(float(value) for value in module.get_conv_sv(layer, steps, **options))
+
+        found += [
+            ("orthogonium: Delattre 2024", "bound", lambda c: largest(c, "zeros", 4), "lattice", unstrided_and_narrow),
+            ("orthogonium: Delattre 2023", "bound", lambda c: largest(c, "circular", 6), "circular", unstrided),
+        ]
     return found
 
 
-def _module(folder: str, name: str):
-    path = Path(folder) / name / "bounds.py"
-    if not path.exists():
+def imported(folder: str, name: str, module: str) -> ModuleType | None:
+    """A module of a peer's clone, whose folder is on the path while it is imported; None, and a line that says why, without."""
+    path = Path(folder) / name
+    if not path.is_dir():
+        print(f"peer {name}: skipped, there is no {path}")
         return None
-    spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
-    module = importlib.util.module_from_spec(spec)
+    # other peers have files of the same names
+    before = set(sys.modules)
+    sys.path.insert(0, str(path))
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(module)
     except Exception as error:
-        print(f"peer {name} does not import: {error}")
+        print(f"peer {name}: skipped, it does not import: {error}")
         return None
-    return module
+    finally:
+        sys.path.remove(str(path))
+        for new in set(sys.modules) - before:
+            file = getattr(sys.modules[new], "__file__", None)
+            if file and Path(file).is_relative_to(path):
+                del sys.modules[new]
 
 
 #: name, what it says of the norm, function, and whether its number is that of the circular layer or of the lattice
@@ -149,7 +219,7 @@ def timed(function: Callable[[Case], float], case: Case) -> tuple[float, float]:
 
 def table(cases: list[Case]) -> list[tuple[str, str, str, float, float]]:
     rows = []
-    extra = [(name, "not certified", function, "lattice") for name, function in peers().items()]
+    extra = peers()
     for case in cases:
         reference = {
             "circular": rfft_norm(Case(case.name, case.weight.double(), case.size, case.stride, case.groups)),
@@ -158,9 +228,7 @@ def table(cases: list[Case]) -> list[tuple[str, str, str, float, float]]:
         print(f"\n{case.name}: norm {reference['circular']:.6f} circular, {reference['lattice']:.6f} lattice")
         print(f"  {'method':36s} {'says':14s} {'time':>10s} {'NumPy / it':>11s} {'value / norm':>13s}")
         base = None
-        for name, says, function, of in METHODS + extra:
-            if name.startswith(("lip4conv", "conv_norm")) and (case.groups > 1 or (case.stride > 1 and "lip4conv" in name)):
-                continue
+        for name, says, function, of in METHODS + [peer[:4] for peer in extra if peer[4](case)]:
             value, seconds = timed(function, case)
             base = base or seconds
             ratio = value / reference[of]
@@ -170,25 +238,31 @@ def table(cases: list[Case]) -> list[tuple[str, str, str, float, float]]:
 
 
 def models(quick: bool) -> None:
-    """All convolutions and linear layers of whole models, certified, against NumPy FFT + SVD at two input sizes."""
+    """All convolutions and linear layers of whole models, certified, against NumPy FFT + SVD."""
     import timm
 
-    for name, size in (("resnet18", 224), ("resnet50", 224), ("vit_small_patch16_224", 224)):
+    for name, sizes in (("resnet18", (224, 512)), ("resnet50", (224,)), ("vit_small_patch16_224", (224,))):
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
-        places = layer_inputs(model, size)
-        start = time.perf_counter()
-        for layer, _ in places.values():
+        places = layer_inputs(model, sizes[0])
+        seconds: dict[str, float] = {}
+        for place, (layer, _) in places.items():
+            start = time.perf_counter()
             sh.spectral_norm(sh.as_operator(layer))
-        ours = time.perf_counter() - start
-        print(f"\n{name}: {len(places)} layers certified to 1e-3 in {ours:.1f} s", flush=True)
-        if name == "resnet18" and not quick:
-            for scale in (1, 512 / 224):
-                numpy = sum(numpy_time(layer, shape, scale) for layer, shape in places.values())
-                print(
-                    f"  NumPy FFT + SVD at input {round(size * scale)}: {numpy:.1f} s (scaled from 16 frequencies a layer), "
-                    f"{numpy / ours:.1f}x ours"
-                )
+            seconds[place] = time.perf_counter() - start
+        ours = sum(seconds.values())
+        print(f"\n{name}: {len(places)} layers certified to 1e-3 in {ours:.1f} s; the slowest:", flush=True)
+        for place in sorted(seconds, key=lambda place: -seconds[place])[:5]:
+            layer = places[place][0]
+            shape = "x".join(map(str, layer.weight.shape)) + ("/2" if getattr(layer, "stride", (1,)) == (2, 2) else "")
+            print(f"  {seconds[place]:8.3f} s  {place} ({shape})")
+        if quick:
+            continue
+        each = {place: numpy_time(layer) for place, (layer, shape) in places.items()}
+        for size in sizes:
+            numpy = sum(each[place] * frequencies(*places[place], size / sizes[0]) for place in places)
+            about = f"{numpy:.1f} s (scaled from a few frequencies a layer), {numpy / ours:.1f}x ours"
+            print(f"  NumPy FFT + SVD at input {size}: {about}", flush=True)
 
 
 def layer_inputs(model: torch.nn.Module, size: int) -> dict[str, tuple[torch.nn.Module, tuple[int, ...]]]:
@@ -211,19 +285,96 @@ def layer_inputs(model: torch.nn.Module, size: int) -> dict[str, tuple[torch.nn.
     return found
 
 
-def numpy_time(layer: torch.nn.Module, shape: tuple[int, ...], scale: float) -> float:
-    """Seconds that NumPy FFT + SVD takes for a layer, from its FFT and the SVD of 16 of its frequencies."""
-    kernel = sh.as_operator(layer).canonical().detach().numpy()
+def frequencies(layer: torch.nn.Module, shape: tuple[int, ...], scale: float) -> int:
+    """Of the circular layer, at an input size scaled so."""
     if not shape:
+        return 1
+    return prod(max(round(n * scale) // s, 1) for n, s in zip(shape, layer.stride, strict=True))
+
+
+def numpy_time(layer: torch.nn.Module) -> float:
+    """Seconds that NumPy's SVD takes for one frequency of a layer, from 16 of them, or from 4 where they are large; no FFT."""
+    kernel = sh.as_operator(layer).canonical().detach().numpy()
+    if kernel.ndim == 3:
         start = time.perf_counter()
         np.linalg.svd(kernel, compute_uv=False)
         return time.perf_counter() - start
-    rows = [max(round(n * scale) // s, 1) for n, s in zip(shape, layer.stride, strict=True)]
-    frequencies = rows[0] * rows[1]
-    few = np.ascontiguousarray(np.moveaxis(np.fft.fft2(kernel, (4, 4)), (3, 4), (0, 1)))
+    per_axis = 4 if min(kernel.shape[1:3]) <= 128 else 2
+    few = np.ascontiguousarray(np.moveaxis(np.fft.fft2(kernel, (per_axis, per_axis)), (3, 4), (0, 1)))
     start = time.perf_counter()
     np.linalg.svd(few, compute_uv=False)
-    return (time.perf_counter() - start) / 16 * frequencies
+    return (time.perf_counter() - start) / per_axis**2
+
+
+#: The largest layers of ResNet-18, ResNet-50 and ViT-small, and small ones to try the table with: shape and stride.
+LARGE_LAYERS = {
+    "512x512x3x3": ((512, 512, 3, 3), 1),
+    "512x512x3x3/2": ((512, 512, 3, 3), 2),
+    "2048x512x1x1": ((2048, 512, 1, 1), 1),
+    "2048x1024x1x1/2": ((2048, 1024, 1, 1), 2),
+    "1000x2048": ((1000, 2048), 1),
+    "64x3x7x7/2": ((64, 3, 7, 7), 2),
+}
+SMALL_LAYERS = {"64x64x3x3": ((64, 64, 3, 3), 1), "100x200": ((100, 200), 1)}
+
+OPERATOR_METHODS: dict[str, Callable[[sh.LinearOperator], torch.Tensor]] = {
+    "spectral_norm": sh.spectral_norm,
+    **{name: getattr(bounds, name) for name in (
+        "cosine_grid", "gram_iteration", "kernel_gram", "unfolding", "tap_sum", "frobenius_grid", "absolute_sum"
+    )},
+    "tensor_norm": estimates.tensor_norm,
+    "reshaped_norm": estimates.reshaped_norm,
+    "clip": sh.projections.clip,
+}  # fmt: skip
+
+
+def memory(quick: bool) -> None:
+    """The peak of what each method allocates, above the weight and the process as it is before, each in a process of its own."""
+    layers = SMALL_LAYERS if quick else LARGE_LAYERS
+    print("\nPeak memory above the weight, MiB: of the value, and of value and gradient")
+    print(f"  {'method':16s}" + "".join(f"{name:>18s}" for name in layers))
+    for method in OPERATOR_METHODS:
+        cells = []
+        for layer in layers:
+            peaks = [peak_in_a_process(method, layer, gradient) for gradient in ((False,) if method == "clip" else (False, True))]
+            cells.append(" / ".join(peaks))
+        print(f"  {method:16s}" + "".join(f"{cell:>18s}" for cell in cells), flush=True)
+
+
+def peak_in_a_process(method: str, layer: str, gradient: bool) -> str:
+    command = [sys.executable, __file__, "--peak-of", method, layer, str(int(gradient))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+def peak_of(method: str, layer: str, gradient: bool) -> int:
+    """MiB by which a method raises the largest resident size of this process."""
+    import resource
+
+    function = OPERATOR_METHODS[method]
+    shape, stride = (LARGE_LAYERS | SMALL_LAYERS)[layer]
+    torch.manual_seed(0)
+    weight = (torch.randn(shape) / (3 * shape[1]) ** 0.5).requires_grad_(gradient)
+
+    def operator(weight: torch.Tensor) -> sh.LinearOperator:
+        return sh.DenseOperator(weight) if weight.ndim == 2 else sh.ConvOperator(weight, stride=stride)
+
+    small = torch.randn(4, 4, *shape[2:]).requires_grad_(gradient)
+    value = function(operator(small))  # what is loaded at the first call
+    if gradient:
+        value.backward()
+    unit = 1 if sys.platform == "darwin" else 1024
+    status = Path("/proc/self/statm")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before = int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak
+    value = function(operator(weight))
+    if gradient:
+        value.backward()
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before, 0) // 2**20
+
+
+#: One for every method of the table.
+MARKERS = ["o", "s", "^", "v", "D", "P", "X", "<", ">", "*", "p", "h", "H", "d", "8", "1", "2", "3", "4", "+", "x"]
 
 
 def picture(rows: list[tuple[str, str, str, float, float]], path: str) -> None:
@@ -231,20 +382,44 @@ def picture(rows: list[tuple[str, str, str, float, float]], path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    names = [name for name in dict.fromkeys(r[0] for r in rows) if "64x64" in name][:2]
-    figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 5), sharey=True, squeeze=False)
-    marks = {"exact": "o", "certified": "s", "estimate": "^", "not certified": "x"}
-    for axis, chosen in zip(axes[0], names, strict=True):
-        for i, (_, method, says, seconds, ratio) in enumerate(r for r in rows if r[0] == chosen):
-            axis.plot(seconds * 1e3, ratio, marks[says], color=plt.get_cmap("tab20")(i), label=f"{method} ({says})", markersize=8)
+    chosen = [name for name in dict.fromkeys(r[0] for r in rows) if "64x64" in name][:2]
+    methods = list(dict.fromkeys((method, says) for name, method, says, *_ in rows if name in chosen))
+    figure, axes = plt.subplots(1, len(chosen), figsize=(5.5 * len(chosen) + 3.5, 6), sharey=True, squeeze=False)
+    colours = plt.get_cmap("tab20")
+    for axis, name in zip(axes[0], chosen, strict=True):
+        for case, method, says, seconds, ratio in rows:
+            if case != name:
+                continue
+            i = methods.index((method, says))
+            style = {"markersize": 10, "markeredgewidth": 2 if MARKERS[i % len(MARKERS)] in "1234+x" else 0.6}
+            axis.plot(
+                seconds * 1e3,
+                ratio,
+                linestyle="none",
+                marker=MARKERS[i % len(MARKERS)],
+                color=colours(i % 20),
+                markeredgecolor=colours(i % 20) if style["markeredgewidth"] == 2 else "black",
+                label=f"{method} ({says})",
+                zorder=3,
+                **style,
+            )
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="time, ms", title=chosen)
+        axis.set(xscale="log", yscale="log", xlabel="time, ms")
+        axis.set_title(name, fontsize=12)
+        axis.yaxis.set_major_locator(FixedLocator([0.6, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20]))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("value / true norm (below 1: not a bound)")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes[0][0].set_ylabel("value / true norm (below 1: not a bound)", fontsize=11)
+    entries: dict[str, object] = {}
+    for axis in axes[0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+    axes[0][-1].legend(entries.values(), entries.keys(), fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     print(f"\npicture: {path}")
 
 
@@ -252,12 +427,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the kernels with at most 128 channels, no models")
     parser.add_argument("--models", action="store_true", help="only the whole models")
+    parser.add_argument("--memory", action="store_true", help="only the peak memory of every method at the largest layers")
+    parser.add_argument("--peak-of", nargs=3, metavar=("METHOD", "LAYER", "GRADIENT"), help=argparse.SUPPRESS)
     parser.add_argument("--picture", default="", help="save tightness against time here")
     options = parser.parse_args()
+    if options.peak_of:
+        method, layer, gradient = options.peak_of
+        print(peak_of(method, layer, gradient == "1"))
+        return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads, NumPy {np.__version__}, Python {sys.version.split()[0]}"
     )
+    if options.memory:
+        memory(options.quick)
+        return
     if not options.models:
         shapes = [s for s in SHAPES if not (options.quick and max(s[1][:2]) > 128 and s[4] == 1)]
         cases = [

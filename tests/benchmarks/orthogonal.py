@@ -1,24 +1,31 @@
-"""Orthogonal layers: error after training steps, and time against torch's own and against the plain layer in the same run.
+"""Orthogonal and clipped layers: error after training steps, and time against peers and the plain layer in the same run.
 
     python tests/benchmarks/orthogonal.py [--quick]
 
-One thread, float32; forward and backward of one batch, medians of interleaved calls. Ratios are what counts: machines differ and
-are shared.
+One thread, float32; forward and backward of one batch, medians of interleaved calls in processor time. Ratios are what counts:
+machines differ and are shared. Peers are used where they are there: geotorch (Lezcano-Casado 2019), if it is installed, and AOC
+(Boissin et al. 2025), if the environment variable SPECTRAL_HOOKS_PEERS names a folder that holds a clone of `orthogonium`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations as torchs
 
 import spectral_hooks as sh
+from spectral_hooks.parametrizations.clipped import clipped
 from spectral_hooks.parametrizations.orthogonal import orthogonal
 from spectral_hooks.parametrizations.stiefel import MAPS
 
@@ -30,14 +37,36 @@ STEPS, CALLS = (5, 3) if args.quick else (200, 15)
 BATCH = 32
 
 
+def imported(name: str, folder: str = "") -> Any:
+    """A peer's module, by a folder that is on the path while it is imported; None, and a line that says why, without."""
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        print(f"peer {name}: skipped, it does not import: {error}")
+        return None
+    finally:
+        sys.path.remove(folder)
+
+
+def aoc() -> Callable[..., nn.Module] | None:
+    """The convolution of orthogonium, on the CPU."""
+    folder = os.environ.get("SPECTRAL_HOOKS_PEERS")
+    if not folder:
+        print("peer orthogonium: skipped, SPECTRAL_HOOKS_PEERS is not set")
+        return None
+    module = imported("orthogonium.layers.conv.AOC.ortho_conv", str(Path(folder) / "orthogonium"))
+    return module and module.AdaptiveOrthoConv2d
+
+
 def medians(*calls: Callable[[], object]) -> list[float]:
     """Milliseconds of each, in turn, so that what else the machine does meets all of them."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(CALLS + 2):
         for call, seconds in zip(calls, times, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             call()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
     return [1e3 * statistics.median(seconds[2:]) for seconds in times]
 
 
@@ -69,10 +98,11 @@ def matrix_error(layer: nn.Module) -> float:
 
 
 @torch.no_grad()
-def operator_error(layer: nn.Module, size: int) -> float:
+def operator_error(layer: Any, size: int) -> float:
     """`max |σ² - 1|` of the circular operator in float64, over its singular values that are not of inputs never read."""
-    op = sh.as_operator(layer)
-    values = sh.singular_values(op.with_weight(op.weight.double()).circular(size))
+    weight = layer.weight.detach().double()
+    op = sh.ConvOperator(weight, stride=layer.stride, dilation=layer.dilation, groups=layer.groups)
+    values = sh.singular_values(op.circular(size))
     return float((values[values > 0.5] ** 2 - 1).abs().max())
 
 
@@ -81,6 +111,9 @@ def dense() -> None:
     print("\nLinear 512 → 512           ‖QᵀQ - I‖ float32     float64   ms, step   ratio to torch's cayley")
     layers = {name: orthogonal(nn.Linear(512, 512), name) for name in MAPS}
     peers = {f"torch {name}": torchs.orthogonal(nn.Linear(512, 512), orthogonal_map=name) for name in ("cayley", "householder")}
+    if geotorch:
+        peers["geotorch"] = nn.Linear(512, 512)
+        geotorch.orthogonal(peers["geotorch"], "weight")
     times = medians(*(step(layer, x) for layer in [*layers.values(), *peers.values()]))
     reference = times[len(layers)]
     for (name, layer), milliseconds in zip({**layers, **peers}.items(), times, strict=True):
@@ -97,23 +130,41 @@ def tall() -> None:
     x = torch.randn(BATCH, 50)
     for name in MAPS:
         layer = nn.Linear(50, 30000)
-        began = time.perf_counter()
+        began = time.process_time()
         orthogonal(layer, name)
-        start = time.perf_counter() - began
+        start = time.process_time() - began
         (milliseconds,) = medians(step(layer, x))
         print(f"{name:<26}{matrix_error(layer):>21.1e}{start:>11.2f}{milliseconds / 1e3:>11.2f}")
 
 
 def speed() -> None:
-    print("\nConv2d 64 → 64, 3×3        ms, plain   ms, orthogonal   ratio")
-    for size in (16, 32):
+    print("\nConv2d 64 → 64, circular       ms, plain   ms   ratio   ‖AᵀA - I‖ after training")
+    for size, kernel, stride in ((16, 3, 1), (32, 3, 1), (32, 3, 2), (32, 5, 1), (32, 2, 2)):
         x = torch.randn(BATCH, 64, size, size)
-        plain, made = nn.Conv2d(64, 64, 3, padding=1), orthogonal(nn.Conv2d(64, 64, 3, padding=1))
-        before, after = medians(step(plain, x), step(made, x))
-        print(f"{f'batch {BATCH} at {size}²':<26}{before:>10.1f}{after:>17.1f}{after / before:>8.2f}")
-    began = time.perf_counter()
+        settings: dict[str, Any] = {"stride": stride, "padding": (kernel - 1) // 2, "padding_mode": "circular"}
+        plain = nn.Conv2d(64, 64, kernel, **settings)
+        layers = {"orthogonal": orthogonal(nn.Conv2d(64, 64, kernel, **settings))}
+        if orthogonium:
+            layers["AOC"] = orthogonium(64, 64, kernel, **settings)
+        before, *times = medians(step(plain, x), *(step(layer, x) for layer in layers.values()))
+        for (name, layer), after in zip(layers.items(), times, strict=True):
+            error = operator_error(train(layer, x[:4]), size)
+            where = f"{kernel}×{kernel} / {stride} at {size}², {name}"
+            print(f"{where:<30}{before:>10.1f}{after:>6.1f}{after / before:>7.2f}{error:>12.1e}", flush=True)
+    began = time.process_time()
     orthogonal(nn.Conv2d(256, 256, 3))
-    print(f"start of 256 → 256: {time.perf_counter() - began:.1f} s")
+    print(f"start of 256 → 256: {time.process_time() - began:.1f} s")
+
+
+def clips() -> None:
+    print(f"\nclipped, 3×3 kernels far above the bound, batch {BATCH} at 16²\n{'channels':<16}ms, plain   ms, clipped   ratio")
+    for channels in (16, 64) if args.quick else (16, 64, 128):
+        x = torch.randn(BATCH, channels, 16, 16)
+        plain, made = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        with torch.no_grad():
+            made.weight.mul_(3)
+        before, after = medians(step(plain, x), step(clipped(made), x))
+        print(f"{channels:<16}{before:>9.1f}{after:>14.1f}{after / before:>8.1f}", flush=True)
 
 
 def geometries() -> None:
@@ -136,7 +187,9 @@ def geometries() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    geotorch, orthogonium = imported("geotorch"), aoc()
     dense()
     tall()
     speed()
+    clips()
     geometries()

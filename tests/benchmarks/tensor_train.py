@@ -76,7 +76,7 @@ def tensor_trains(repeats: int) -> None:
                 "core": lambda op=core: sh.singular_values(op),
             }
             norms = {"plain": lambda op=full: sh.spectral_norm(op), "core": lambda op=core: sh.spectral_norm(op)}
-            show(f"all singular values, circular, {name}", in_turn(values, 2))
+            show(f"all singular values, circular, {name}", in_turn(values, 3))
             show(f"spectral norm, circular, {name}", in_turn(norms, 3))
             # float64, so that only the weights and frames as they are stored count
             a, b = (sh.singular_values(op.with_weight(op.weight.double())) for op in (full, core))
