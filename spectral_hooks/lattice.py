@@ -16,26 +16,29 @@ factor of `(U cos a)² I - F F*`, in float32 where the bound of its rounding lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from math import acos, ceil, cos, floor, inf, log2, pi, prod, sqrt
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from .hermitian import below_, exact_top, norms, top
-from .operators.symbols import Gram, half_plane, product, trim
+from .hermitian import SMALL, Rows, below, below_, exact_top, norms, top
+from .operators.symbols import Gram, half_plane, product, symbol, trim
 
 #: Bytes of Gram matrices held at once: few enough for caches, and for allocators to use the same memory again.
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 23
+#: Cells taken together even if they need more.
+_FEWEST = 12
 #: Evaluations, times the matrix size, spent on proving a norm below a target that is closer than `rtol`.
 _CLOSE_CALL_BUDGET = 1 << 15
 #: The angle of the cells whose centres are the sample, and of those that judge what has room to spare.
 _SAMPLED, _JUDGED = 0.6, 0.7
 #: Frequencies from which to climb, and steps.
 _CLIMBERS, _CLIMB_STEPS = 3, 6
-#: Krylov steps for the norm of a frequency.
-_KRYLOV_STEPS = 16
+#: Krylov steps for the norm of a frequency, and for one that another search goes on from.
+_KRYLOV_STEPS, _FEW_STEPS = 16, 4
 #: Up to this `rtol` it pays to climb from the sample; else its largest value is as good.
 _WITHIN_SAMPLE = 4e-3
 #: Surviving cells per level at whose centres the norm is found.
@@ -43,11 +46,40 @@ _LEADERS = 8
 #: The largest angle of a first cell.
 _WIDEST = 0.8
 #: The share of a cell's room that rounding in float32 may take.
-_ROUNDING_SHARE = 0.3
+_ROUNDING_SHARE = 0.6
 #: Frequencies of a fine grid looked at for a good start, and the angle of the cells that judge many of them at once.
 _STARTS, _COARSE = 64, 0.2
 #: No cell is halved more often: the angle is then below the rounding.
 _MOST_LEVELS = 40
+
+
+#: Up to this many rows or columns the work is many short calls, and one thread is as fast as two.
+_ONE_THREAD = 128
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def calm(function: Callable[Concatenate[Tensor, _P], _T]) -> Callable[Concatenate[Tensor, _P], _T]:
+    """Run on one thread for a small kernel, whatever torch's setting, which is as it was afterwards.
+
+    A thousand calls of ten microseconds wait for each other a thousand times, and on a busy machine each time for the scheduler:
+    seconds instead of 50 ms. The setting belongs to the calling thread, and takes a microsecond to change; only a thread that
+    uses torch for the first time meanwhile takes it over.
+    """
+
+    @wraps(function)
+    def on_one(kernel: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        threads = torch.get_num_threads()
+        if threads == 1 or kernel.device.type != "cpu" or min(kernel.shape[1:3]) > _ONE_THREAD:
+            return function(kernel, *args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return function(kernel, *args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return on_one
 
 
 class LatticeNorm(NamedTuple):
@@ -107,6 +139,7 @@ class Peak(NamedTuple):
         return Peak(sqrt(largest), int(cells.group[index]), cells.centre[index])
 
 
+@calm
 def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None, limit: float = inf) -> LatticeNorm:
     """Bracket the supremum of the symbol's norm: `upper ≤ value (1 + rtol)`.
 
@@ -142,6 +175,7 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     return LatticeNorm(found.upper * scale, found.value * scale, found.group, theta)
 
 
+@calm
 def surely_below(kernel: Tensor, level: float) -> Tensor:
     """For which groups the supremum is proven not to exceed `level`, by a few large cells: with a third to spare it is.
 
@@ -156,9 +190,10 @@ def surely_below(kernel: Tensor, level: float) -> Tensor:
     cells = _tiling(gram, degree, _JUDGED) if degree.numel() else _at(gram, degree[None], degree)
     level = (min(level / scale, 2 * _at_most(kernel)) * cos(_angle(degree, cells.radius))) ** 2
     quick = gram if gram.is_real else gram.single()
-    return proven | _below(quick, gram, cells, level, _ROUNDING_SHARE**2 * level).unflatten(0, (gram.groups, -1)).all(1)
+    return proven | _below(quick, gram, cells, level, 0.1 * level).unflatten(0, (gram.groups, -1)).all(1)
 
 
+@calm
 def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = torch.float64) -> LatticeNorm:
     """The largest norm of the symbol over the full frequency grid of `sizes`: exact for a circular convolution.
 
@@ -174,12 +209,15 @@ def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = t
     theta, _ = half_plane(sizes, kernel)
     if not kernel.any():
         return LatticeNorm(0.0, 0.0, 0, theta[0])
-    gram = Gram(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
-    theta = _promising(gram, degree, theta)
-    if screen == torch.float32:
-        theta = _largest_of(gram.single(), theta).theta[None]
-    found = _largest_of(gram, theta)
+    if screen == torch.float32 and len(theta) <= _STARTS and kernel.shape[0] == 1 and min(kernel.shape[1:3]) > 2 * SMALL:
+        found = _closer(kernel, _largest_of(Gram(kernel.float()), theta))
+    else:
+        gram = Gram(kernel)
+        theta = _promising(gram, degree, theta)
+        if screen == torch.float32:
+            theta = _largest_of(gram.single(), theta).theta[None]
+        found = _largest_of(gram, theta)
     return found._replace(upper=found.upper * scale, value=found.value * scale)
 
 
@@ -247,14 +285,23 @@ def _below(quick: Gram, gram: Gram, cells: Cells, level: float, slack: float) ->
     """At which centres the squared norm is proven not to exceed `level`: in float32, and where that is too coarse in float64."""
     masks, growth = [], 0.0
     for part in _chunks(quick, cells):
-        proven, doubtful, growth = below_(
-            quick(part.group, part.centre), level, error=quick.error, slack=slack, growth=1.1 * growth
-        )
+        proven, doubtful, growth = below(_rows(quick, part), level, error=quick.error, slack=slack, growth=1.1 * growth)
         if quick is not gram and doubtful.any():
             rest = part.at(doubtful)
-            proven[doubtful] = below_(gram(rest.group, rest.centre), level, error=gram.error, slack=0.1 * slack).proven
+            proven[doubtful] = below(_rows(gram, rest), level, error=gram.error, slack=0.1 * slack).proven
         masks.append(proven)
     return torch.cat(masks)
+
+
+def _rows(gram: Gram, cells: Cells) -> Rows:
+    """Those of the Gram matrices at the centres."""
+    return Rows(
+        len(cells.group),
+        gram.size,
+        gram.dtype,
+        lambda start, end: gram.block(cells.group, cells.centre, start, end),
+        lambda: gram(cells.group[:1], cells.centre[:1])[0],
+    )
 
 
 def _first_angle(ratios: list[float], finest: float, dims: int) -> float:
@@ -289,7 +336,7 @@ def _climb(gram: Gram, degree: Tensor, cells: Cells, best: Peak, least: float | 
         nearby = cells.centre.unsqueeze(1) + 1.5 * 0.4**step * offsets
         uphill = gram.along(cells.group, nearby, vector).argmax(1)
         cells = cells._replace(centre=nearby[torch.arange(len(uphill)), uphill])
-        squared, vector = top(gram(cells.group, cells.centre), vector, steps=4)
+        squared, vector = top(gram(cells.group, cells.centre), vector, steps=_FEW_STEPS)
         best = best.or_at(squared, cells)
     return best
 
@@ -298,23 +345,27 @@ def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
     """The largest norm at these frequencies: `upper` exceeds it by rounding only; in float32 it is no proof."""
     cells = _at(gram, theta, theta.new_zeros(theta.shape[1]))
     some = cells.at(torch.arange(0, len(cells.group), len(cells.group) // _STARTS + 1))
-    best = Peak(0.0, 0, theta[0]).or_at(top(gram(some.group, some.centre), steps=4)[0], some)
+    steps = _FEW_STEPS if gram.size <= 128 else _KRYLOV_STEPS  # a bad start costs a factorization of every large matrix
+    best = Peak(0.0, 0, theta[0]).or_at(top(gram(some.group, some.centre), steps=steps)[0], some)
+    # in float32 nothing is proven, and the bound of its rounding would hide better frequencies
+    screening = gram.even.dtype == torch.float32
     # in large matrices rounding adds up
-    ties = 1e-6 if gram.even.dtype == torch.float32 else 1e-10 * max(gram.size / 128, 1)
+    ties, error = (1e-6, 0.0) if screening else (1e-10 * max(gram.size / 128, 1), gram.error)
 
     def slack() -> float:
-        return ties * best.value**2 + 2 * gram.error
+        return ties * best.value**2 + 2 * error
 
     def proven(matrices: Tensor) -> Tensor:
-        enough, doubtful, _ = below_(matrices.clone(), best.value**2 + 2 * slack(), error=gram.error, slack=slack())
-        return enough | doubtful if gram.even.dtype == torch.float32 else enough
+        growth = 1.0 if screening else 0.0  # what rounding takes does not matter
+        enough, doubtful, _ = below_(matrices, best.value**2 + 2 * slack(), error=error, slack=slack(), growth=growth)
+        return enough | doubtful if screening else enough
 
     for part in _chunks(gram, cells):
         matrices = gram(part.group, part.centre)
         # most are proven at once not to exceed a good start; of the others, one after the other becomes exact
         rest = ~proven(matrices)
         part, matrices = part.at(rest), matrices[rest]
-        estimates, vectors = top(matrices, steps=4)
+        estimates, vectors = top(matrices, steps=steps)
         left = torch.arange(len(estimates), device=estimates.device)
         while len(left):
             highest = left[estimates[left].argmax()][None]
@@ -326,6 +377,18 @@ def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
                 best = best.or_at(torch.linalg.eigvalsh(matrices[highest])[:, -1], part.at(highest))
                 left = left[left != highest]
     return LatticeNorm(sqrt(best.value**2 + 2 * slack()), *best)
+
+
+def _closer(kernel: Tensor, found: LatticeNorm) -> LatticeNorm:
+    """In float64 what was found in float32, from the symbol at that frequency: for one, a Gram polynomial is too dear."""
+    block = symbol(kernel, found.theta[None])[0, 0]
+    block = block.mH if block.shape[0] > block.shape[1] else block
+    matrix = block @ block.mH
+    value, _ = exact_top(matrix, top(matrix[None], steps=_KRYLOV_STEPS)[1][0])
+    if abs(float(value) - found.value**2) > 1e-5 * found.value**2:  # not the top vector
+        value = torch.linalg.eigvalsh(matrix)[-1]
+    norm = sqrt(float(value))
+    return found._replace(upper=norm, value=norm)
 
 
 def _promising(gram: Gram, degree: Tensor, theta: Tensor) -> Tensor:
@@ -375,6 +438,6 @@ def _angle(degree: Tensor, radius: Tensor) -> float:
 
 
 def _chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:
-    count = max(_CHUNK_BYTES // (2 * gram.even.element_size() * gram.size**2), 1)
+    count = max(_CHUNK_BYTES // (2 * gram.even.element_size() * gram.size**2), _FEWEST)
     parts = zip(cells.group.split(count), cells.centre.split(count), strict=True)
     return (Cells(*part, cells.radius) for part in parts)

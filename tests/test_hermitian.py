@@ -61,6 +61,50 @@ def test_an_error_of_the_matrices_is_paid_for(dtype: torch.dtype) -> None:
         assert bool(hermitian.below_(matrix.clone(), 1.05, error=error, slack=0.05).proven) is proven
 
 
+def factor_of(matrix: Tensor, level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, float]:
+    """The factor of `level I - G` as it was computed, put together from its blocks, and the bound of its growth."""
+    diagonals: list[Tensor] = []
+    others: list[Tensor] = []
+    factorize, solve = torch.linalg.cholesky_ex, torch.linalg.solve_triangular
+
+    def keep_diagonal(*args, **kwargs):
+        result = factorize(*args, **kwargs)
+        diagonals.append(result[0])
+        return result
+
+    def keep_rows(*args, **kwargs):
+        others.append(solve(*args, **kwargs))
+        return others[-1]
+
+    size = len(matrix)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "cholesky_ex", keep_diagonal)
+        patch.setattr(torch.linalg, "solve_triangular", keep_rows)
+        positive, grown = hermitian._factorize(hermitian.Rows.of(matrix[None]), level, hermitian._rounding(size, matrix.dtype))
+    assert bool(positive)
+    factor, start = torch.zeros(size, size, dtype=torch.complex128), 0
+    for i, diagonal in enumerate(diagonals):
+        end = start + diagonal.shape[-1]
+        factor[start:end, start:end] = diagonal[0].mH
+        if end < size:
+            factor[start:end, end:] = -others[i][0]
+        start = end
+    return factor, float(grown)
+
+
+@pytest.mark.parametrize("size", [7, 64, 65, 150, 200])
+def test_the_rounding_of_a_factor_is_at_most_what_is_allowed_for(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`|A - R* R| ≤ γ |R|* |R| + δ level I` entry by entry, in float32 against float64: what every proof rests on."""
+    gamma, delta = hermitian._rounding(size, torch.complex64), hermitian._shifting(size, torch.complex64)
+    for name, values in spectra(size).items():
+        matrix = hermitian_with(values).to(torch.complex64)
+        factor, grown = factor_of(matrix, 1.01, monkeypatch)
+        off = (factor.mH @ factor - (1.01 * torch.eye(size) - matrix.to(torch.complex128))).abs()
+        absolute = factor.abs().T @ factor.abs()
+        assert bool((off <= gamma * absolute + 1.01 * delta * torch.eye(size)).all()), name
+        assert float(torch.linalg.eigvalsh(absolute)[-1]) <= grown * (1 + 1e-5), name
+
+
 @pytest.mark.parametrize("size", [5, 32, 33, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_estimates_are_from_below_and_close(size: int, dtype: torch.dtype) -> None:
@@ -95,6 +139,10 @@ def test_gram_in_float32_is_as_close_as_it_says(shape: tuple[int, ...]) -> None:
     single = gram.single()
     off = torch.linalg.matrix_norm(single(group, theta) - gram(group, theta), 2)
     assert 0 < float(off.max()) <= single.error < 1e-4 * float(kernel.square().sum()) * kernel[0, 0, 0].numel()
+    for start in range(0, gram.size, 16):
+        end = min(start + 16, gram.size)
+        part = gram.block(group, theta, start, end)
+        torch.testing.assert_close(part, gram(group, theta)[:, start:end, start:], rtol=1e-12, atol=1e-12)
     vectors = torch.randn(20, gram.size, generator=generator, dtype=torch.complex128)
     expected = (vectors.conj() * (gram(group, theta) @ vectors.unsqueeze(2)).squeeze(2)).sum(1).real
     torch.testing.assert_close(gram.along(group, theta.unsqueeze(1), vectors).squeeze(1), expected)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import spectral_hooks as sh
 from spectral_hooks.krylov import largest
+from spectral_hooks.lattice import grid_norm, lattice_norm, surely_below
 
 # -- the lattice norm -----------------------------------------------------------------------------------------------------
 
@@ -582,3 +583,29 @@ def test_gradients_where_the_kernel_is_zero() -> None:
         risen = sh.spectral_norm(sh.ConvOperator(moved), rtol=1e-6) - norm
     assert weight.grad[..., 2].abs().max() > 0.01
     assert float(risen) == pytest.approx(1e-5 * float(weight.grad.square().sum()), rel=0.05)
+
+
+def test_threads_are_left_as_they_were() -> None:
+    """Small kernels are measured on one thread; the setting is back afterwards, also when the kernel is refused."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        kernel = random(1, 6, 5, 3, 3)
+        for norm in (lattice_norm, lambda k: grid_norm(k, (5, 4)), lambda k: surely_below(k, 1.0)):
+            norm(kernel)
+            assert torch.get_num_threads() == 2
+            with pytest.raises(ValueError, match="NaN"):
+                norm(kernel * float("nan"))
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [72, 130])
+def test_circular_norm_of_few_frequencies_in_float32_is_that_of_the_blocks(size: int) -> None:
+    """Frequencies whose norms nearly agree must not be taken for each other: the largest wins."""
+    for name, kernel in {"random": random(size, size + 3, 3, 3), "smooth": smooth(size, size - 2, 3, 3)}.items():
+        op = sh.ConvOperator(kernel.float(), padding=1).circular((5, 6))
+        blocks = torch.fft.fft2(kernel.float().double(), (5, 6)).movedim((2, 3), (0, 1))
+        exact = float(torch.linalg.svdvals(blocks).max())
+        assert float(sh.spectral_norm(op)) == pytest.approx(exact, rel=2e-6), name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -223,7 +224,7 @@ class SpectralClip:
             results = shared(partial(self._projected_if_in_doubt, slack=slack), targets, self._gathered)
         else:
             targets = self._in_doubt(self._selection.targets)
-            results = (self._projected(target, self._gathered(target), slack) for target in targets)
+            results = self._projected_together(targets, slack)
         changed = [(target, new) for target, new in zip(targets, results, strict=True) if new is not None]
         # only parametrized weights can refuse: they go first, and all go back if one does
         changed.sort(key=lambda pair: not pair[0].parametrized())
@@ -242,12 +243,31 @@ class SpectralClip:
         """The target's operators, with whole weights: a sharded one is gathered from all processes."""
         return [op.with_weight(full(op.weight)) for op in target.operators()]
 
+    def _projected_together(self, targets: list[Target | LoraTarget], slack: float) -> list[Any]:
+        """`_projected` of each; those that are judged by what is known at once, so that layers of equal shape share the work."""
+        operators = [self._gathered(target) for target in targets]
+        together = [
+            i for i, target in enumerate(targets) if target.name in self._known and self._is_watched(target, operators[i])
+        ]
+        for i in together:
+            with self._named(targets[i]):
+                check_finite(operators[i][0].weight)
+        kept = self._kept([targets[i].name for i in together], [operators[i][0] for i in together], slack)
+        results = dict(zip(together, kept, strict=True))
+        return [results[i] if i in results else self._projected(target, operators[i], slack) for i, target in enumerate(targets)]
+
     def _projected(self, target: Target | LoraTarget, operators: list[LinearOperator], slack: float) -> Any:
         """What to write so that the target is inside the ball, or None if it is there already."""
-        try:
+        with self._named(target):
             if isinstance(target, LoraTarget):
                 return target.clipped(self._inside, self.bound)
             return self._inside(target, operators, slack)
+
+    @contextmanager
+    def _named(self, target: Target | LoraTarget) -> Iterator[None]:
+        """Errors say which weight it is, and when."""
+        try:
+            yield
         except ValueError as error:
             raise ValueError(f"{target.name}, after step {self.step}: {error}") from error
 
@@ -256,11 +276,8 @@ class SpectralClip:
         operators, mask = operators or self._gathered(target), target.mask()
         weight = before = operators[0].weight
         check_finite(before)
-        if len(operators) == 1 and mask is None and self.projection is projections.clip:
-            known = self._known.get(target.name)
-            weight, known = keep_inside(operators[0], known, self.bound, rounds=self.rounds, slack=slack)
-            self._known[target.name] = known
-            return None if weight is before else weight
+        if self._is_watched(target, operators):
+            return self._kept([target.name], operators, slack)[0]
         for i, op in enumerate(operators):
             # the first use decides the shape of the result; scaling for another keeps the bound of all before it
             project = self._project if i == 0 else projections.rescale
@@ -268,6 +285,19 @@ class SpectralClip:
         if weight is not before and mask is not None:
             weight = projections.rescale(operators[0].with_weight(weight * mask), self.bound)
         return None if weight is before else weight
+
+    def _is_watched(self, target: Target | LoraTarget, operators: list[LinearOperator]) -> bool:
+        """Whether the weight is kept inside by way of what is known of it."""
+        return (
+            isinstance(target, Target) and len(operators) == 1 and target.mask() is None and self.projection is projections.clip
+        )
+
+    def _kept(self, names: list[str], operators: list[LinearOperator], slack: float) -> list[Tensor | None]:
+        """The weights inside the ball, or None for those that are there already; and remember what is known of them now."""
+        known = [self._known.get(name) for name in names]
+        kept = keep_inside(operators, known, self.bound, rounds=self.rounds, slack=slack)
+        self._known.update(zip(names, (now for _, now in kept), strict=True))
+        return [None if weight is op.weight else weight for op, (weight, _) in zip(operators, kept, strict=True)]
 
     def _project(self, op: LinearOperator, max_norm: float) -> Tensor:
         if self.projection is projections.clip:
@@ -283,13 +313,11 @@ class SpectralClip:
         """The targets that what is known does not prove to be inside; `operators` of a single one, if they are gathered."""
         if self.projection is not projections.clip:
             return targets
-        watched = [(i, target) for i, target in enumerate(targets) if target.name in self._known]
-        firsts = operators or [self._gathered(target)[0] for _, target in watched]
-        inside = still_inside(firsts[: len(watched)], [self._known[target.name] for _, target in watched], self.bound)
-        settled = {i for (i, _), yes in zip(watched, inside, strict=True) if yes}
-        for i in settled:
-            known = self._known[targets[i].name]
-            self._known[targets[i].name] = known._replace(age=known.age + 1)
+        watched = [i for i, target in enumerate(targets) if target.name in self._known]
+        firsts = operators or [self._gathered(targets[i])[0] for i in watched]
+        known = still_inside(firsts[: len(watched)], [self._known[targets[i].name] for i in watched], self.bound)
+        settled = {i: now for i, now in zip(watched, known, strict=True) if now is not None}
+        self._known.update((targets[i].name, now) for i, now in settled.items())
         return [target for i, target in enumerate(targets) if i not in settled]
 
     def _chosen_normalizations(self, model: nn.Module) -> list[nn.Module]:

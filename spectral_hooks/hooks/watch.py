@@ -1,7 +1,9 @@
 """What a hook knows of a weight from earlier steps, so that most steps need no certificate of their own.
 
 With `V` a weight whose norm was certified and `D = W - V` how far it has moved since, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(D)‖`. The second
-term is small, so a coarse bound of it will do.
+term is small, so a coarse bound of it will do. Where that is not enough the weight is certified anew. That takes some `π² / 2x`
+factorizations for a relative room `x`, a few dozen where there is room, so clips go deeper than the bound: the deeper the faster
+the weights move.
 """
 
 from __future__ import annotations
@@ -14,104 +16,172 @@ import torch
 from torch import Tensor
 
 from .. import projections
+from ..covering import certificates
 from ..hermitian import below_
 from ..intersection import clip_kernel
-from ..lattice import lattice_norm, normalized, surely_below
-from ..operators.base import LinearOperator, full_precision
+from ..lattice import normalized
+from ..operators.base import LinearOperator, float32_is_kept, full_precision
 
-#: Wider matrices are not tested at several frequencies: a certificate of the weight itself costs little more.
-_WIDE = 256
 #: What the rounding of a difference and of its norm in single precision leaves of the room.
 _ROUNDING = 1 - 1e-5
 #: Up to this ratio of norm to bound what is taken away is small: one proximal step, with half the digits, will do.
 _NEAR = 1.2
-#: How deep the first clip after a certificate goes, and the least.
-_FIRST_SLACK, _LEAST_SLACK = 0.02, 0.005
-#: Steps that a clip should last.
-_LIFE = 8
+#: What the unfolding is asked to prove, relative to the cheapest bound: true of most steps of training.
+_UNFOLDING_SHARE = 0.6
+#: The least depth of a clip.
+_LEAST_DEPTH = 0.005
 
 
 class Known(NamedTuple):
-    """A weight, a number that its operator's norm was proven not to exceed, and how the last clip has lasted."""
+    """A weight, a number that its operator's norm was proven not to exceed, and for how many projections that has sufficed."""
 
     weight: Tensor
     norm: float
-    slack: float = _FIRST_SLACK
     age: int = 0
 
 
-def still_inside(ops: Sequence[LinearOperator], known: Sequence[Known | None], max_norm: float) -> list[bool]:
-    """For which operators what is known proves the norm to be at most `max_norm`: by bounds of `‖A(D)‖`, the cheapest first.
+@full_precision
+def still_inside(ops: Sequence[LinearOperator], known: Sequence[Known | None], max_norm: float) -> list[Known | None]:
+    """For operators that what is known proves to be inside still, what is known of them now, else None.
 
-    Layers of equal canonical shape are judged together.
+    By bounds of `‖A(D)‖`, the cheapest first. Layers of equal canonical shape are judged together.
     """
-    inside = [False] * len(ops)
-    alike: dict[tuple[object, ...], list[tuple[int, Tensor]]] = {}
+    results: list[Known | None] = [None] * len(ops)
+    alike: dict[object, list[tuple[int, Tensor, float]]] = {}
     for i, (op, last) in enumerate(zip(ops, known, strict=True)):
-        if (
-            last is None
-            or not last.norm <= max_norm
-            or last.weight.shape != op.weight.shape
-            or last.weight.dtype != op.weight.dtype
-        ):
+        if last is None or not last.norm <= max_norm:
             continue
-        # half precision would round the difference itself
-        dtype = torch.promote_types(op.weight.dtype, torch.float32)
-        moved = op.weight.detach().to(dtype) - last.weight.to(op.weight.device, dtype)
-        kernel = op.with_weight(moved).canonical()
+        kernel, far = _moved(op, last)
         room = (max_norm - last.norm) / op.lattice_factor * _ROUNDING
-        # rank one at every tap, all in phase: also for a weight that has not moved at all; NaN compares as not inside
-        far = float(torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()) * sqrt(prod(kernel.shape[3:]))
-        inside[i] = far <= room
-        if not inside[i] and 0 < room < inf and far < inf:
-            alike.setdefault((kernel.shape, kernel.dtype, kernel.device), []).append((i, kernel / room))
+        if far <= room:  # also if neither is there; NaN compares as not inside
+            results[i] = last._replace(age=last.age + 1)
+        elif room > 0 and far < inf:
+            share = min(room, _UNFOLDING_SHARE * far)
+            alike.setdefault((kernel.shape, kernel.dtype, kernel.device), []).append((i, kernel / share, share))
     for members in alike.values():
-        kernels = torch.cat([kernel for _, kernel in members])
-        proven = _within_one(kernels).unflatten(0, (len(members), -1)).all(1)
-        for (i, _), yes in zip(members, proven.tolist(), strict=True):
-            inside[i] = yes
-    return inside
+        proven = _unfolding_within_one(torch.cat([kernel for _, kernel, _ in members])).unflatten(0, (len(members), -1)).all(1)
+        for (i, _, share), yes in zip(members, proven.tolist(), strict=True):
+            last = known[i]
+            if yes and last is not None:
+                # from here on, so that the next steps need the cheapest bound only
+                moved = share * ops[i].lattice_factor / _ROUNDING
+                results[i] = Known(ops[i].weight.detach().clone(), min(last.norm + moved, max_norm))
+    return results
 
 
-def _within_one(kernels: Tensor) -> Tensor:
-    """Which groups of a canonical kernel are proven to have norm at most one."""
-    taps = prod(kernels.shape[3:])
-    # the symbol is the unfolding `rows × (columns · taps)` times a matrix of norm `√taps` (Singla & Feizi 2021)
-    unfolding = (kernels if kernels.shape[1] <= kernels.shape[2] else kernels.transpose(1, 2)).flatten(2) * sqrt(taps)
+def _moved(op: LinearOperator, last: Known) -> tuple[Tensor, float]:
+    """The canonical kernel of `D` and a bound of its lattice norm, infinite if the weight is of another kind."""
+    if last.weight.shape != op.weight.shape or last.weight.dtype != op.weight.dtype:
+        return op.weight, inf
+    # half precision would round the difference itself
+    dtype = torch.promote_types(op.weight.dtype, torch.float32)
+    kernel = op.with_weight(op.weight.detach().to(dtype) - last.weight.to(op.weight.device, dtype)).canonical()
+    # rank one at every tap, all in phase
+    return kernel, float(torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()) * sqrt(prod(kernel.shape[3:]))
+
+
+def _unfolding_within_one(kernels: Tensor) -> Tensor:
+    """For which groups of a canonical kernel the unfolding proves the norm to be at most one.
+
+    The symbol is the unfolding `rows × (columns · taps)` times a matrix of norm `√taps` (Singla & Feizi 2021).
+    """
+    unfolding = (kernels if kernels.shape[1] <= kernels.shape[2] else kernels.transpose(1, 2)).flatten(2)
+    unfolding = (unfolding if float32_is_kept() else unfolding.double()) * sqrt(prod(kernels.shape[3:]))
     squares = unfolding.square().sum((1, 2))
-    rounding = (unfolding.shape[2] + 8) * torch.finfo(kernels.dtype).eps
+    rounding = (unfolding.shape[2] + 8) * torch.finfo(unfolding.dtype).eps
     proven = rounding * squares < 0.2
     if proven.any():
         error = rounding * float(squares[proven].amax())
         part = unfolding[proven]
         proven[proven.clone()] = below_(part @ part.mT, 1.0, error=error, slack=0.4).proven
-    if taps > 1 and min(kernels.shape[1:3]) <= _WIDE and not proven.all():
-        rest = ~proven
-        proven[rest] = surely_below(kernels[rest], 1.0)
     return proven
 
 
-@full_precision
-def keep_inside(op: LinearOperator, known: Known | None, max_norm: float, *, rounds: int, slack: float) -> tuple[Tensor, Known]:
-    """The operator's own weight if it is inside, else its clip; and what is known of it now.
+class _Moving(NamedTuple):
+    """An operator whose weight moves: by how much per projection at most, and how deep to clip it, both relative to the bound.
 
-    The first clip of a convolution comes as close to the bound as `projections.clip`. Later ones go deeper, by at most `slack`:
-    the weight can then move for some steps before it must be looked at again, and what is not close to the bound is certified at
-    a fraction of the cost.
+    A matrix is clipped to the bound itself, at depth 0.
     """
-    weight, kernel = op.weight.detach(), op.canonical()
-    if known is None or slack < _LEAST_SLACK or op.is_finite or prod(kernel.shape[3:]) == 1:
-        weight = projections.clip(op, max_norm, rounds=rounds)
-        return weight, Known(weight.clone(), max_norm)
-    factor = op.lattice_factor
-    kernel, scale = normalized(kernel)
-    deeper = min(slack, max(_LEAST_SLACK, known.slack * min(2.0, sqrt(_LIFE / (known.age + 1)))))
-    goal = max_norm * (1 - deeper / 4)
-    found = lattice_norm(kernel, deeper / 4, limit=goal / scale / factor)
-    if found.upper < inf:
-        return op.weight, Known(weight.clone(), found.upper * scale * factor, deeper)
-    near = found.value * scale * factor < _NEAR * max_norm
-    level = max_norm * (1 - deeper) / scale
+
+    op: LinearOperator
+    pace: float
+    depth: float
+
+
+@full_precision
+def keep_inside(
+    ops: Sequence[LinearOperator], known: Sequence[Known | None], max_norm: float, *, rounds: int, slack: float
+) -> list[tuple[Tensor, Known]]:
+    """Of each operator its own weight if it is proven inside, else its clip; and what is known of it now.
+
+    A weight of which nothing is known comes as close to the bound as `projections.clip` takes it. Later clips go deeper, by at
+    most `slack`: that leaves room in which to move, and for certificates that cost little; matrices need neither. Layers of equal
+    shape are certified together.
+    """
+    results: dict[int, tuple[Tensor, Known]] = {}
+    moving: dict[int, _Moving] = {}
+    for i, (op, last) in enumerate(zip(ops, known, strict=True)):
+        item = None if last is None or slack < _LEAST_DEPTH else _moving(op, last, max_norm, slack)
+        if item is None:
+            results[i] = _to_the_bound(op, max_norm, rounds)
+        else:
+            moving[i] = item
+    outside: dict[int, _Moving] = {}
+    for i, (estimate, proven) in _certified(moving, max_norm).items():
+        op, _, depth = moving[i]
+        if proven <= 1:
+            results[i] = op.weight, Known(op.weight.detach().clone(), proven * max_norm)
+        elif depth:
+            outside[i] = _clip(moving[i], estimate, max_norm, rounds)
+        else:
+            results[i] = _to_the_bound(op, max_norm, rounds)
+    for i, (_, proven) in _certified(outside, max_norm).items():
+        weight, norm = outside[i].op.weight, proven * max_norm
+        if not proven <= 1:
+            weight, norm = projections.settle(outside[i].op, weight, max_norm, outside[i].depth / 4)
+        results[i] = weight, Known(weight.clone(), norm)
+    return [results[i] for i in range(len(ops))]
+
+
+def _moving(op: LinearOperator, last: Known, max_norm: float, slack: float) -> _Moving | None:
+    """None for what is neither certified on the lattice nor clipped deeper than the bound."""
+    kernel, far = _moved(op, last)
+    is_matrix = prod(kernel.shape[3:]) == 1
+    if not far < inf or (op.is_finite and not is_matrix):
+        return None
+    pace = far * op.lattice_factor / max_norm / (last.age + 1)
+    # for a room `x` the certificates of a convolution cost some `pace / x²` a step; those of a matrix cost little
+    return _Moving(op, pace, 0.0 if is_matrix else min(max(sqrt(pace), _LEAST_DEPTH), slack))
+
+
+def _to_the_bound(op: LinearOperator, max_norm: float, rounds: int) -> tuple[Tensor, Known]:
+    weight = projections.clip(op, max_norm, rounds=rounds)
+    return weight, Known(weight.detach().clone(), max_norm)
+
+
+def _certified(moving: dict[int, _Moving], max_norm: float) -> dict[int, tuple[float, float]]:
+    """Relative to the bound, estimates of the norms and what they are proven not to exceed, at most 1, or infinity."""
+    alike: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor]]] = {}
+    for i, item in moving.items():
+        kernel = item.op.canonical().detach()
+        precise = kernel if kernel.device.type == "mps" else kernel.double()  # Apple's GPUs have no float64
+        alike.setdefault((kernel.shape, kernel.device), []).append((i, precise * (item.op.lattice_factor / max_norm)))
+    found: dict[int, tuple[float, float]] = {}
+    for members in alike.values():
+        groups = len(members[0][1])
+        pace = torch.tensor([moving[i].pace for i, _ in members], dtype=torch.float64).repeat_interleave(groups)
+        depth = torch.tensor([moving[i].depth for i, _ in members], dtype=torch.float64).repeat_interleave(groups)
+        both = certificates(torch.cat([kernel for _, kernel in members]), pace, depth)
+        estimates, proven = (x.unflatten(0, (-1, groups)).amax(1).tolist() for x in both)
+        found.update({i: (e, p) for (i, _), e, p in zip(members, estimates, proven, strict=True)})
+    return found
+
+
+def _clip(item: _Moving, estimate: float, max_norm: float, rounds: int) -> _Moving:
+    """The same with the weight clipped to its depth, nearly: not certified."""
+    op, near = item.op, estimate < _NEAR
+    kernel, scale = normalized(op.canonical())
+    level = max_norm * (1 - item.depth) / scale
     clipped, _ = clip_kernel(op, kernel.float() if near else kernel, level, 1 if near else rounds, stretch=not near)
-    weight, norm = projections.settle(op, op.from_canonical(clipped.to(kernel)) * scale, goal, deeper / 2)
-    return weight, Known(weight, norm, deeper)
+    weight = op.from_canonical(clipped.to(kernel)) * scale
+    return item._replace(op=op.with_weight(weight.to(op.weight)))

@@ -14,6 +14,11 @@ from math import pi, prod
 import torch
 from torch import Tensor
 
+from .base import float32_is_kept
+
+#: Up to so many entries the matrices of several groups are found by one batched product.
+_FEW_ENTRIES = 64
+
 
 def product(axes: Sequence[Tensor], like: Tensor) -> Tensor:
     """The points of a grid with these coordinates per axis, `(n, d)`; one empty point without axes."""
@@ -82,17 +87,21 @@ class Gram:
         theta, counts = half_plane(sizes, kernel)
         #: Whether it is real everywhere: that of a matrix, which has no frequencies.
         self.is_real = not taps
-        samples = symbol(kernel, theta) if taps else kernel.unsqueeze(0)
-        samples = samples @ samples.mH
+        if taps:
+            samples = symbol(kernel, theta)
+            real, imag = samples.real.contiguous(), samples.imag.contiguous()
+            mixed = imag @ real.mT
+            squares, mixed = (real @ real.mT + imag @ imag.mT), mixed - mixed.mT
+        else:
+            squares = (kernel @ kernel.mT).unsqueeze(0)
         lags = product([torch.arange(-(k - 1), k) for k in taps], kernel)
         lags = lags[len(lags) // 2 :]  # the zero lag stands in the middle
         angles = lags @ theta.T
         weights = counts / prod(sizes)
-        flat = samples.flatten(1)
-        coefficients = (angles.cos() * weights) @ flat.real
+        coefficients = (angles.cos() * weights) @ squares.flatten(1)
         if taps:
-            coefficients -= (angles.sin() * weights) @ flat.imag
-        coefficients = coefficients.unflatten(1, samples.shape[1:])  # (lags, groups, n, n)
+            coefficients -= (angles.sin() * weights) @ mixed.flatten(1)
+        coefficients = coefficients.unflatten(1, squares.shape[1:])  # (lags, groups, n, n)
         even = coefficients + coefficients.mT
         even[0] /= 2
         self.lags = lags
@@ -100,33 +109,71 @@ class Gram:
         self.odd = (coefficients - coefficients.mT).movedim(1, 0).flatten(2).contiguous()
         self.size = kernel.shape[1]
         self.groups = kernel.shape[0]
+        self._blocks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # |G| is at most the product of the absolute kernels; sums over columns, samples and lags round
         reach = kernel.abs().flatten(3).sum(-1).flatten(1) if taps else kernel.abs().flatten(1)
         longest = kernel.shape[2] + len(theta) + len(lags) + 16
         self.error = longest * torch.finfo(kernel.dtype).eps * float(reach.square().sum(1).amax())
 
     def single(self) -> Gram:
-        """The same polynomial with coefficients in float32, at half the cost; values are off by at most `error` in norm."""
+        """The same polynomial with coefficients in float32, at half the cost; values are off by at most `error` in norm.
+
+        Itself where float32 products are less than that.
+        """
+        if not float32_is_kept():
+            return self
         other = copy.copy(self)
         other.even, other.odd = self.even.float(), self.odd.float()
+        other._blocks = {}
         # of each entry: two roundings of every term, and one of every partial sum
         terms = self.even.abs().sum(1) + self.odd.abs().sum(1)
         longest = float(torch.linalg.vector_norm(terms, dim=1).amax())
         other.error = self.error + (len(self.lags) + 4) * torch.finfo(torch.float32).eps * longest
         return other
 
+    def some(self, index: Tensor, scale: Tensor) -> Gram:
+        """The polynomials of these groups, each over its `scale`."""
+        other = copy.copy(self)
+        other.even, other.odd = (x[index] / scale[:, None, None] for x in (self.even, self.odd))
+        other.groups, other.error = len(index), self.error / float(scale.amin())
+        other._blocks = {}
+        return other
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the values."""
+        return self.even.dtype if self.is_real else self.even.dtype.to_complex()
+
     def __call__(self, group: Tensor, theta: Tensor) -> Tensor:
         """`G(θ)` of `group[i]` at `theta[i]`, `(n, size, size)`, complex Hermitian; real symmetric for a matrix."""
         if self.is_real:
             return self.even[group].unflatten(2, (self.size, self.size)).squeeze(1)
+        return self._combine(self.even, self.odd, group, theta).unflatten(1, (self.size, self.size))
+
+    def block(self, group: Tensor, theta: Tensor, start: int, end: int) -> Tensor:
+        """Rows `start` to `end` of the same, from the diagonal block on to the right: `(n, end - start, size - start)`."""
+        shape = (end - start, self.size - start)
+        if (start, end) not in self._blocks:
+            whole = (x.unflatten(2, (self.size, self.size))[..., start:end, start:] for x in (self.even, self.odd))
+            self._blocks[start, end] = tuple(x.flatten(2) for x in whole)
+        even, odd = self._blocks[start, end]
+        if self.is_real:
+            return even[group].unflatten(2, shape).squeeze(1)
+        return self._combine(even, odd, group, theta).unflatten(1, shape)
+
+    def _combine(self, even: Tensor, odd: Tensor, group: Tensor, theta: Tensor) -> Tensor:
+        """`Σ_l cos(l·θ) even_l - i sin(l·θ) odd_l` of entries in a row."""
         angles = theta.to(self.lags) @ self.lags.T
-        cos, sin = angles.cos().to(self.even), -angles.sin().to(self.even)
+        cos, sin = angles.cos().to(even), -angles.sin().to(even)
         if self.groups == 1:
-            real, imag = cos @ self.even[0], sin @ self.odd[0]
-        else:
-            real = torch.bmm(cos.unsqueeze(1), self.even[group]).squeeze(1)
-            imag = torch.bmm(sin.unsqueeze(1), self.odd[group]).squeeze(1)
-        return torch.complex(real, imag).unflatten(1, (self.size, self.size))
+            return torch.complex(cos @ even[0], sin @ odd[0])
+        if even.shape[2] <= _FEW_ENTRIES:
+            real = torch.bmm(cos.unsqueeze(1), even[group]).squeeze(1)
+            return torch.complex(real, torch.bmm(sin.unsqueeze(1), odd[group]).squeeze(1))
+        # a product for each group, without copies of its coefficients for every frequency
+        present, counts = group.unique_consecutive(return_counts=True)
+        parts = zip(present.tolist(), cos.split(counts.tolist()), sin.split(counts.tolist()), strict=True)
+        return torch.cat([torch.complex(c @ even[g], s @ odd[g]) for g, c, s in parts])
 
     def along(self, group: Tensor, theta: Tensor, vector: Tensor) -> Tensor:
         """The polynomial `vᵢ* G(θ) vᵢ` of `group[i]`, for unit vectors, at frequencies `(n, points, d)`: `(n, points)`."""
