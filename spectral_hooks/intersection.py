@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
 
+from . import polynomial
+from .group_norms import each, grid_norms
 from .krylov import largest
-from .lattice import grid_norm, lattice_norm
-from .operators.base import LinearOperator
+from .lattice import lattice_norm
+from .operators.base import LinearOperator, float32_is_kept
 from .operators.dense import DenseOperator
 from .operators.symbols import half_plane, product, symbol
 from .spectrum import spectral_norm
@@ -21,19 +23,21 @@ _OVERSAMPLING = (6, 4)
 _STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
 #: From this size on a matrix is tried for few values above the level: so many, by so many restarts of a Krylov method.
 _LARGE, _FEW, _FEW_RESTARTS = 384, 12, 4
+#: Matrices of this size or more are clipped by products alone on accelerators, if that is seen to be off by at most so much.
+_PRODUCTS_FROM, _ACCURATE = 32, 5e-5
 #: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 27
+_CHUNK_BYTES = 1 << 25
 
 
 def clip_kernel(
     op: LinearOperator, kernel: Tensor, max_norm: float, rounds: int, *, stretch: bool = True
-) -> tuple[Tensor, float]:
-    """The kernel after `rounds` on the dual problem, nearly inside, and the largest norm of the original on the grid.
+) -> tuple[Tensor, Tensor]:
+    """The kernel after `rounds` on the dual problem, nearly inside, and per group the largest norm of the original on the grid.
 
     With `E` the symbol on the grid, over the root of the number of frequencies, and `E*` its adjoint, which crops to the taps,
     the dual of the projection is to minimize `½ ‖K₀ - E* Y‖² + c ‖Y‖_nuclear` over blocks `Y`, one for each frequency, with
     `K = K₀ - E* Y`. A round is a proximal step, which takes the excess of `Y + τ E K` over `τ c`, and a line search. At the end
-    the correction may `stretch`, which pays where it is large.
+    the correction may `stretch`, which pays where it is large. Every group is a problem of its own, with steps of its own.
     """
     if prod(kernel.shape[3:]) == 1:
         level = max_norm / op.lattice_factor
@@ -45,31 +49,40 @@ def clip_kernel(
     counts = counts / prod(sizes)
     crop = _cropping(op, kernel, theta, counts)
 
-    def step_length(change: Tensor, cropped: Tensor) -> float:
+    def step_length(change: Tensor, cropped: Tensor) -> Tensor:
         """Barzilai & Borwein's: large where the change lies at few frequencies, since a crop spreads those over all."""
-        return float(counts @ torch.view_as_real(change).square().flatten(1).sum(1)) / float(cropped.square().sum())
+        spread = _squares(cropped)
+        return torch.where(spread > 0, counts @ torch.view_as_real(change).square().flatten(2).sum(2) / spread, 1.0)
 
     excess, sums, peak = excess_over(symbol(kernel, theta), level)
-    if peak <= level:  # what little the kernel is outside lies between these frequencies
+    if not bool((peak > level).any()):  # what little the kernel is outside lies between these frequencies
         return kernel, peak
     tau = step_length(excess, crop(excess))
-    dual, nuclear = tau * excess, tau * float(counts @ sums)
+    dual, nuclear = excess.mul_(each(tau)), tau * (counts @ sums)
     weight = kernel - crop(dual)
     for _ in range(rounds - 1):
-        excess, sums, _ = excess_over(dual + tau * symbol(weight, theta), tau * level)
-        change, growth = excess - dual, float(counts @ sums) - nuclear
+        excess, sums, _ = excess_over(symbol(weight, theta).mul_(each(tau)).add_(dual), tau * level)
+        change, growth = excess.sub_(dual), counts @ sums - nuclear
         cropped = crop(change)
-        length = float(cropped.square().sum())
-        if length <= 1e-24 * float(kernel.square().sum()):
+        length = _squares(cropped)
+        moving = length > 1e-24 * _squares(kernel)
+        if not bool(moving.any()):
             break
         # the nuclear norm is convex: along the segment it is at most its chord, and the rest is a parabola
-        share = min(1.0, max(0.0, (float((weight * cropped).sum()) - level * growth) / length))
-        dual, nuclear, weight = dual + share * change, nuclear + share * growth, weight - share * cropped
-        tau = max(1.0, step_length(change, cropped))
+        share = (((weight * cropped).flatten(1).sum(1) - level * growth) / length).clamp(0, 1)
+        share = torch.where(moving, share, 0.0)
+        tau = step_length(change, cropped).clamp(min=1)
+        dual, nuclear = dual.add_(change.mul_(each(share))), nuclear + share * growth
+        weight = weight - each(share, kernel.ndim - 1) * cropped
     if not stretch:
         return weight, peak
     fine = sizes if op.frequency_grid is not None else tuple(2 * n if n > 1 else 1 for n in sizes)
     return _extended(kernel, kernel - weight, level, fine), peak
+
+
+def _squares(kernel: Tensor) -> Tensor:
+    """Squared Frobenius norms of the groups."""
+    return kernel.square().flatten(1).sum(1)
 
 
 def grid_symbols(op: LinearOperator, kernel: Tensor) -> Tensor:
@@ -107,14 +120,17 @@ def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int
     A few rounds correct too little, most of all between the frequencies of their grid. Going on in the same direction costs far
     less than scaling everything.
     """
-    best, shortest = kernel, float("inf")
+    best, shortest = kernel, _squares(kernel) + inf
+    nearing = torch.ones_like(shortest, dtype=torch.bool)
     for t in _STRETCHES:
         trial = kernel - t * correction
-        trial = trial * min(1.0, level / grid_norm(trial, sizes, screen=torch.float32).value)
-        distance = float(torch.linalg.vector_norm(trial - kernel))
-        if distance >= shortest:
+        norm = grid_norms(trial, sizes, screen=torch.float32).to(kernel)
+        trial = trial * each((level / norm).clamp(max=1), kernel.ndim - 1)
+        distance = _squares(trial - kernel)
+        nearing = nearing & (distance < shortest)
+        if not bool(nearing.any()):
             break
-        best, shortest = trial, distance
+        best, shortest = torch.where(each(nearing, kernel.ndim - 1), trial, best), torch.where(nearing, distance, shortest)
     return best
 
 
@@ -142,7 +158,7 @@ def _clip_sizes(op: LinearOperator, kernel: Tensor) -> tuple[int, ...]:
     return tuple(min(n, 2 * m) if m > 1 else 1 for n, m in zip(exact, sizes, strict=True))
 
 
-def _few_over(matrices: Tensor, level: float) -> tuple[Tensor, float] | None:
+def _few_over(matrices: Tensor, level: float) -> tuple[Tensor, Tensor] | None:
     """The excess of one large matrix that has few singular values above the level, and its norm; None if it has more."""
     if len(matrices) > 1 or min(matrices.shape[1:]) < _LARGE:
         return None
@@ -153,25 +169,65 @@ def _few_over(matrices: Tensor, level: float) -> tuple[Tensor, float] | None:
     if values[-1] > level:
         return None
     over = (values - level).clamp(min=0)
-    return (left.T * over @ right)[None], float(values[0])
+    return (left.T * over @ right)[None], values[:1]
 
 
-def excess_over(blocks: Tensor, level: float) -> tuple[Tensor, Tensor, float]:
-    """What clipping the singular values at `level` takes away, per frequency the sum of it, and the largest singular value.
+def excess_over(blocks: Tensor, level: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What clipping the singular values at `level` takes away, its sum for each block, and the largest value of each group.
 
     By the Gram matrix on the smaller side: with `B B* = U diag(σ²) U*` the excess is `U diag(max(1 - level / σ, 0)) U* B`.
+
+    Args:
+        blocks: `(*frequencies, groups, rows, columns)`.
+        level: one, or one for each group.
     """
     rows, columns = blocks.shape[-2:]
     if rows > columns:
         excess, total, largest = excess_over(blocks.mT, level)
         return excess.mT, total, largest
-    chunk = max(_CHUNK_BYTES // (16 * blocks[0].numel()), 1)
-    parts, sums, largest = [], [], 0.0
-    for part in blocks.split(chunk):
-        squared, u = torch.linalg.eigh(part @ part.mH)
-        sigma = squared.clamp(min=0).sqrt()
-        gain = (1 - level / sigma).clamp(min=0)
-        parts.append((u * gain.unsqueeze(-2)) @ (u.mH @ part))
-        sums.append((sigma - level).clamp(min=0).flatten(1).sum(1))
-        largest = max(largest, float(sigma.amax()))
-    return torch.cat(parts), torch.cat(sums), largest
+    level = torch.as_tensor(level, dtype=blocks.real.dtype, device=blocks.device).reshape(-1)
+    chunk = max(_CHUNK_BYTES // (16 * blocks[0].numel()), 1) if blocks.ndim > 3 else len(blocks)
+    excess = torch.empty_like(blocks)
+    sums: list[Tensor] = []
+    highest: list[Tensor] = []
+    for part, out in zip(blocks.split(chunk), excess.split(chunk), strict=True):
+        quick = _by_products(part, level, out) if products_pay(part) else None
+        total, top = quick or _by_eigenvalues(part, level, out)
+        sums.append(total)
+        highest.append(top.reshape(-1, blocks.shape[-3]))
+    return excess, torch.cat(sums), torch.cat(highest).amax(0)
+
+
+def _by_eigenvalues(blocks: Tensor, level: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the excess to `out`; its sum and the largest value for each block."""
+    squared, u = torch.linalg.eigh(blocks @ blocks.mH)
+    sigma = squared.clamp(min=0).sqrt()
+    over = (sigma - level[:, None]).clamp(min=0)
+    # ascending: in many blocks few are above
+    first = sigma.shape[-1] - int((over > 0).sum(-1).amax())
+    u, gain = u[..., first:], over[..., first:] / sigma[..., first:].clamp(min=torch.finfo(sigma.dtype).tiny)
+    torch.matmul(u * gain.unsqueeze(-2), u.mH @ blocks, out=out)
+    return over.sum(-1), sigma[..., -1]
+
+
+def products_pay(blocks: Tensor) -> bool:
+    """Whether matrix products in float32 are far faster than a decomposition, and as precise as they say."""
+    return blocks.is_cuda and min(blocks.shape[-2:]) >= _PRODUCTS_FROM and float32_is_kept()
+
+
+def _by_products(blocks: Tensor, level: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same by matrix products alone, in float32; None where the error that they are measured to make is too large.
+
+    The largest values are bounds from below, within some per cent.
+    """
+    single = blocks.to(torch.complex64 if blocks.is_complex() else torch.float32)
+    if not bool(torch.isfinite(single).all()):
+        return None
+    excess, sums, error = polynomial.excess(single, level)
+    clipped = torch.linalg.matrix_norm(single - excess)
+    # frequencies of small symbols need not be more accurate than the others
+    error, clipped = (torch.linalg.vector_norm(x.reshape(-1, blocks.shape[-3]), dim=0) for x in (error, clipped))
+    if not bool((error <= _ACCURATE * clipped).all()):
+        return None
+    out.copy_(excess)
+    return sums.to(blocks.real.dtype), polynomial.norm_bracket(single)[0].to(blocks.real.dtype)

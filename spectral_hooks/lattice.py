@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .hermitian import SMALL, Rows, below, below_, exact_top, norms, top
+from .operators.base import float32_is_kept
 from .operators.symbols import Gram, half_plane, product, symbol, trim
 
 #: Bytes of Gram matrices held at once: few enough for caches, and for allocators to use the same memory again.
@@ -51,8 +52,6 @@ _ROUNDING_SHARE = 0.6
 _STARTS, _COARSE = 64, 0.2
 #: No cell is halved more often: the angle is then below the rounding.
 _MOST_LEVELS = 40
-
-
 #: Up to this many rows or columns the work is many short calls, and one thread is as fast as two.
 _ONE_THREAD = 128
 
@@ -210,7 +209,8 @@ def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = t
     if not kernel.any():
         return LatticeNorm(0.0, 0.0, 0, theta[0])
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
-    if screen == torch.float32 and len(theta) <= _STARTS and kernel.shape[0] == 1 and min(kernel.shape[1:3]) > 2 * SMALL:
+    few_large = len(theta) <= _STARTS and kernel.shape[0] == 1 and min(kernel.shape[1:3]) > 2 * SMALL
+    if screen == torch.float32 and few_large and float32_is_kept():
         found = _closer(kernel, _largest_of(Gram(kernel.float()), theta))
     else:
         gram = Gram(kernel)

@@ -120,8 +120,8 @@ def spectral_norm(op: LinearOperator, rtol: float = 1e-3) -> Tensor:
     """The operator norm `‖A‖₂ = σ₁`.
 
     - lattice operator (a convolution without an input size): **certified**, `S ≤ value ≤ S (1 + rtol)` with
-      `S = sup_θ ‖F(θ)‖₂`: an upper bound for the layer at every input size. Branch and bound in float64, some hundred to some
-      thousand evaluations of the symbol, whatever the input size;
+      `S = sup_θ ‖F(θ)‖₂`: an upper bound for the layer at every input size. Branch and bound, some hundred to some
+      thousand evaluations of the symbol, whatever the input size, with proofs in float32 or, where rounding asks for it, float64;
     - matrices and circular convolutions: exact up to rounding;
     - other finite operators: matrix-free, to 1e-5 (an estimate from below; the lattice norm bounds it from above).
 

@@ -107,9 +107,11 @@ def work(rank: int, port: int, folder: str) -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
     )
     records: dict[Any, Any] = {(name, kind): record(name, kind, rank) for name in KINDS for kind in ("replicas", "shards")}
-    layer = nn.Linear(7, 5)
+    layer, conv = nn.Linear(7, 5), nn.Conv2d(4, 4, 3, padding=1)
     fully_shard(layer)
-    records["late"] = refusal(lambda: make.orthogonal(layer))
+    fully_shard(conv)
+    makers = (lambda: make.orthogonal(layer), lambda: make.tensor_train(layer, 2), lambda: make.skew(conv))
+    records["late"] = [refusal(maker) for maker in makers]
     records["still"] = type(layer.weight).__name__
     torch.save(records, Path(folder) / f"{rank}.pt")
     dist.barrier()

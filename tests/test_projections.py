@@ -8,7 +8,8 @@ from cases import FEW_CONVS, MATRICES, PROJECTIONS, Case, apply_to_identity, res
 from torch import Tensor
 
 import spectral_hooks as sh
-from spectral_hooks import projections
+from spectral_hooks import group_norms, projections
+from spectral_hooks.lattice import grid_norm, lattice_norm
 
 projection = pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
 
@@ -151,6 +152,163 @@ def test_a_convolution_that_is_a_matrix_is_clipped_exactly(kernel_size: tuple[in
     clipped = projections.clip(sh.ConvOperator(weight, stride=kernel_size), 0.8)
     u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
     torch.testing.assert_close(clipped.flatten(1), u @ torch.diag(s.clamp(max=0.8)) @ vh, rtol=0, atol=5e-6)
+
+
+# -- accuracy in float32 ------------------------------------------------------------------------------------------------------
+
+RATIOS = [1.0001, 1.5, 10.0, 100.0, 1000.0]
+
+
+def spectrum(kind: str, ratio: float, size: int) -> Tensor:
+    """Singular values up to `ratio` times the bound 1: over six decades, close to the bound, few above it, of low rank."""
+    values = torch.logspace(-6, 0, size, dtype=torch.float64) * ratio
+    if kind == "close":
+        values = torch.linspace(0.99, 1.01, size, dtype=torch.float64)
+    elif kind == "few":
+        values = torch.linspace(0.01, 0.9, size, dtype=torch.float64)
+    elif kind == "low rank":
+        values = values * (torch.arange(size) % 5 == 4)
+    return torch.cat([values[:-1], values.new_tensor([ratio])])
+
+
+def with_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64)).Q for n in shape)
+    return ((u * values) @ v.T).float()
+
+
+def check_accuracy(found: Tensor, weight: Tensor, bound: float = 1.0) -> None:
+    """Of a float32 clip against the exact one of the stored values."""
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    reference = (u * s.clamp(max=bound)) @ vh
+    assert found.dtype == torch.float32
+    assert float(torch.linalg.matrix_norm(found.double(), ord=2)) <= bound * (1 + 1e-5)
+    assert distance(found, reference) <= 1e-4 * float(reference.norm())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kind", ["wide", "close", "few", "low rank"])
+@pytest.mark.parametrize("shape", [(60, 25), (25, 60), (50, 50)])
+def test_float32_matrices(shape: tuple[int, int], kind: str, ratio: float) -> None:
+    weight = with_spectrum(shape, spectrum(kind, ratio, min(shape)))
+    check_accuracy(projections.clip(sh.DenseOperator(weight)), weight)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kind", ["wide", "few"])
+@pytest.mark.parametrize("shape", [(400, 450), (450, 400)])
+def test_float32_large_matrices(shape: tuple[int, int], kind: str, ratio: float) -> None:
+    """From some size on few values above the bound are found by a Krylov method."""
+    weight = with_spectrum(shape, spectrum(kind, ratio, min(shape)))
+    check_accuracy(projections.clip(sh.DenseOperator(weight)), weight)
+
+
+@projection
+@pytest.mark.parametrize("power", [-90, 0, 70])
+@pytest.mark.parametrize("shape", [(400, 390), (390, 400)])
+def test_large_matrices_inside_stay(shape: tuple[int, int], power: int, project) -> None:
+    """Squares of these entries are not all representable in float32."""
+    weight = with_spectrum(shape, spectrum("few", 0.999, 390)) * 2.0**power
+    assert torch.equal(project(sh.DenseOperator(weight), 2.0**power), weight)
+    assert not torch.equal(project(sh.DenseOperator(weight), 0.99 * 2.0**power), weight)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 2])
+def test_float32_convolutions_of_one_tap(kernel_size: int, circular: bool, ratio: float) -> None:
+    """1×1 kernels and patch embeddings, on the lattice and on a circular grid."""
+    weight = with_spectrum((24, 10 * kernel_size**2), spectrum("wide", ratio, min(24, 10 * kernel_size**2)))
+    kernel = weight.unflatten(1, (10, kernel_size, kernel_size)).contiguous()
+    op = sh.ConvOperator(kernel, stride=kernel_size)
+    found = projections.clip(op.circular(4) if circular else op)
+    check_accuracy(found.flatten(1), weight)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_float32_circular_convolutions_obey(stride: int, groups: int, ratio: float) -> None:
+    torch.manual_seed(0)
+    op = sh.ConvOperator(torch.randn(8, 6 // groups, 3, 3), stride=stride, padding=1, groups=groups).circular(8)
+    bound = float(sh.spectral_norm(op)) / ratio
+    for project in (projections.clip, projections.rescale):
+        assert dense_norm(op, project(op, bound)) <= bound * (1 + 1e-5)
+
+
+# -- groups: each an operator of its own --------------------------------------------------------------------------------------
+
+
+def group_of(op: sh.ConvOperator, weight: Tensor, group: int) -> sh.ConvOperator:
+    """One group of a convolution."""
+    part = weight.unflatten(0, (op.groups, -1))[group]
+    return sh.ConvOperator(part, op.stride, op.padding, dilation=op.dilation, transposed=op.transposed, input_size=op.input_size)
+
+
+def grouped(groups: int, rows: int, columns: int, **settings) -> sh.ConvOperator:
+    """Groups of norms from far inside to far outside of the unit ball."""
+    generator = torch.Generator().manual_seed(groups)
+    weight = torch.randn(groups, rows, columns, 3, 3, generator=generator)
+    weight *= torch.logspace(-2, 0.5, groups)[torch.randperm(groups, generator=generator)].reshape(-1, 1, 1, 1, 1)
+    return sh.ConvOperator(weight.flatten(0, 1), padding=1, groups=groups, **settings)
+
+
+GROUPED = [
+    grouped(24, 1, 1),
+    grouped(5, 3, 4, stride=2),
+    grouped(4, 4, 2, transposed=True, stride=2),
+    grouped(3, 20, 18),
+    grouped(4, 2, 2, input_size=6),
+    grouped(6, 2, 1, dilation=2),
+]
+
+
+@projection
+@pytest.mark.parametrize("op", GROUPED, ids=str)
+def test_groups_are_projected_one_by_one(op: sh.ConvOperator, project) -> None:
+    found = project(op, 0.5)
+    inside = 0
+    for group in range(op.groups):
+        alone, part = group_of(op, op.weight, group), group_of(op, found, group).weight
+        if torch.equal(project(alone, 0.5), alone.weight):
+            inside += 1
+            assert torch.equal(part, alone.weight)
+        norm = float(sh.spectral_norm(alone.with_weight(part)))
+        assert norm <= 0.5 * (1 + 3e-3)
+        # as near as the group would have come by itself
+        assert distance(part, alone.weight) <= distance(project(alone, 0.5), alone.weight) * (1 + 2e-2) + 1e-7
+    assert 0 < inside < op.groups
+    assert torch.equal(project(op.with_weight(found), 0.5), found)
+
+
+@projection
+def test_groups_on_a_circular_grid(project) -> None:
+    op = grouped(6, 2, 3).circular((6, 5))
+    found = project(op, 0.5)
+    assert dense_norm(op, found) <= 0.5 * (1 + 1e-6)
+    unchanged = [torch.equal(*pair) for pair in zip(found.chunk(6), op.weight.chunk(6), strict=True)]
+    assert 0 < sum(unchanged) < 6
+    assert torch.equal(project(op.with_weight(found), 0.5), found)
+
+
+@pytest.mark.parametrize("taps", [(3, 3), (5,), (1, 4), (2, 2, 2), (1, 1)])
+@pytest.mark.parametrize("channels", [(1, 1), (3, 2)])
+def test_norms_of_many_groups_together(channels: tuple[int, int], taps: tuple[int, ...]) -> None:
+    """As the norm of each group by itself, and no group is taken to be inside that is not."""
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.randn(9, *channels, *taps, generator=generator, dtype=torch.float64)
+    kernel *= torch.logspace(-8, 2, 9, dtype=torch.float64).reshape(-1, *(1,) * (kernel.ndim - 1))
+    kernel[3] = 0
+    singly = torch.tensor([lattice_norm(group, 1e-6).upper for group in kernel.split(1)], dtype=torch.float64)
+    together = group_norms.lattice_norms(kernel, 1e-3)
+    assert bool((together >= singly * (1 - 1.1e-6)).all())
+    assert bool((together <= singly * (1 + 1.1e-3)).all())
+    for goal in (0.5 * float(singly[5]), 1.01 * float(singly[5]), 1e-4 * float(singly[0]), 2 * float(singly.max())):
+        proven = group_norms.lattice_norms(kernel, 1e-3, goal) == goal
+        assert torch.equal(proven, singly <= goal)
+    sizes = tuple(2 * k for k in taps)
+    exact = torch.tensor([grid_norm(group, sizes).upper for group in kernel.split(1)], dtype=torch.float64)
+    torch.testing.assert_close(group_norms.grid_norms(kernel, sizes), exact, rtol=1e-9, atol=1e-9 * float(exact.max()))
 
 
 # -- convolutions: near the true projection ---------------------------------------------------------------------------------

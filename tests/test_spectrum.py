@@ -609,3 +609,18 @@ def test_circular_norm_of_few_frequencies_in_float32_is_that_of_the_blocks(size:
         blocks = torch.fft.fft2(kernel.float().double(), (5, 6)).movedim((2, 3), (0, 1))
         exact = float(torch.linalg.svdvals(blocks).max())
         assert float(sh.spectral_norm(op)) == pytest.approx(exact, rel=2e-6), name
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_norms_where_float32_products_are_less(precision: str) -> None:
+    """TF32 or bfloat16 inside would make certificates and winners wrong."""
+    weight = torch.randn(96, 80, 3, 3, generator=torch.Generator().manual_seed(0))
+    op = sh.ConvOperator(weight)
+    norms = [float(sh.spectral_norm(op)), float(sh.spectral_norm(op.circular((6, 6))))]
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert norms == pytest.approx([float(sh.spectral_norm(op)), float(sh.spectral_norm(op.circular((6, 6))))], rel=1e-3)
+        symbols = torch.fft.fft2(weight.double(), s=(6, 6)).movedim((0, 1), (-2, -1))
+        assert norms[1] == pytest.approx(float(torch.linalg.matrix_norm(symbols, 2).amax()), rel=1e-6)
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -27,9 +27,11 @@ _ROUNDING = 1 - 1e-5
 #: Up to this ratio of norm to bound what is taken away is small: one proximal step, with half the digits, will do.
 _NEAR = 1.2
 #: What the unfolding is asked to prove, relative to the cheapest bound: true of most steps of training.
-_UNFOLDING_SHARE = 0.6
-#: The least depth of a clip.
-_LEAST_DEPTH = 0.005
+_UNFOLDING_SHARE = 0.65
+#: The least depth of a clip, and from how many channels on it grows with them.
+_LEAST_DEPTH, _WIDE = 0.005, 64
+#: How often a clip that is not proven inside is scaled by a little, before it is measured.
+_ATTEMPTS = 2
 
 
 class Known(NamedTuple):
@@ -135,10 +137,16 @@ def keep_inside(
             outside[i] = _clip(moving[i], estimate, max_norm, rounds)
         else:
             results[i] = _to_the_bound(op, max_norm, rounds)
-    for i, (_, proven) in _certified(outside, max_norm).items():
-        weight, norm = outside[i].op.weight, proven * max_norm
-        if not proven <= 1:
-            weight, norm = projections.settle(outside[i].op, weight, max_norm, outside[i].depth / 4)
+    for _ in range(_ATTEMPTS):
+        for i, (_, proven) in _certified(outside, max_norm).items():
+            op, _, depth = outside[i]
+            if proven <= 1:
+                results[i] = op.weight, Known(op.weight.clone(), proven * max_norm)
+                del outside[i]
+            else:  # scaling by a little costs less than finding out by how much
+                outside[i] = outside[i]._replace(op=op.with_weight(op.weight * (1 - depth / 4)))
+    for i, (op, _, depth) in outside.items():
+        weight, norm = projections.settle(op, op.weight, max_norm, depth / 4)
         results[i] = weight, Known(weight.clone(), norm)
     return [results[i] for i in range(len(ops))]
 
@@ -150,8 +158,9 @@ def _moving(op: LinearOperator, last: Known, max_norm: float, slack: float) -> _
     if not far < inf or (op.is_finite and not is_matrix):
         return None
     pace = far * op.lattice_factor / max_norm / (last.age + 1)
-    # for a room `x` the certificates of a convolution cost some `pace / x²` a step; those of a matrix cost little
-    return _Moving(op, pace, 0.0 if is_matrix else min(max(sqrt(pace), _LEAST_DEPTH), slack))
+    # for a room `x` the certificates of a convolution cost some `pace / x²` a step, and more for wide ones; a matrix's little
+    wish = sqrt(pace * max(min(kernel.shape[1:3]) / _WIDE, 1))
+    return _Moving(op, pace, 0.0 if is_matrix else min(max(wish, _LEAST_DEPTH), slack))
 
 
 def _to_the_bound(op: LinearOperator, max_norm: float, rounds: int) -> tuple[Tensor, Known]:

@@ -18,6 +18,8 @@ from .base import float32_is_kept
 
 #: Up to so many entries the matrices of several groups are found by one batched product.
 _FEW_ENTRIES = 64
+#: A symmetric product is made of so many blocks of rows, each of this size at least.
+_PANELS, _LEAST_PANEL = 8, 128
 
 
 def product(axes: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -38,6 +40,18 @@ def symbol(kernel: Tensor, theta: Tensor) -> Tensor:
     flat = taps.movedim(-1, 0).flatten(1)
     values = torch.complex(angles.cos() @ flat, -angles.sin() @ flat)
     return values.unflatten(1, kernel.shape[:3])
+
+
+def symmetric_product(matrices: Tensor) -> Tensor:
+    """`M Mᵀ` by blocks of rows, each with those from it on: little more than half of the products."""
+    size = matrices.shape[-2]
+    panel = max(-(-size // _PANELS), _LEAST_PANEL)
+    squares = matrices.new_empty(*matrices.shape[:-1], size)
+    for start in range(0, size, panel):
+        end = min(start + panel, size)
+        squares[..., start:end, start:] = matrices[..., start:end, :] @ matrices[..., start:, :].mT
+        squares[..., end:, start:end] = squares[..., start:end, end:].mT
+    return squares
 
 
 def half_plane(sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +107,7 @@ class Gram:
             mixed = imag @ real.mT
             squares, mixed = (real @ real.mT + imag @ imag.mT), mixed - mixed.mT
         else:
-            squares = (kernel @ kernel.mT).unsqueeze(0)
+            squares = symmetric_product(kernel).unsqueeze(0)
         lags = product([torch.arange(-(k - 1), k) for k in taps], kernel)
         lags = lags[len(lags) // 2 :]  # the zero lag stands in the middle
         angles = lags @ theta.T

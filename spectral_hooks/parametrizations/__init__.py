@@ -1,4 +1,8 @@
-"""Layers that satisfy a constraint by construction: each function takes a layer and returns it, parametrized."""
+"""Layers that satisfy a constraint by construction: each function takes a layer and returns it or what replaces it.
+
+DDP and FSDP2 (`fully_shard`) work: parametrize first, shard afterwards; measure between `layer.unshard()` and
+`layer.reshard()`.
+"""
 
 from .cayley import cayley as cayley
 from .clipped import banded as banded

@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from ..operators import ConvOperator, LinearOperator, as_operator
-from .remove import remove_spectral, spectral_tensors
+from .remove import check_whole, remove_spectral, spectral_tensors
 
 Value = TypeVar("Value")
 
@@ -224,6 +224,7 @@ def convolution(layer: Any, name: str) -> ConvOperator:
 
 def take_over(module: Any, layer: Any) -> None:
     """Give a module the parameters of the layer that it replaces; what this package has parametrized becomes plain before."""
+    check_whole(type(layer).__name__, layer)
     ours = set(spectral_tensors(layer))
     for name in ("weight", "bias"):
         if name not in ours and name not in layer._parameters:

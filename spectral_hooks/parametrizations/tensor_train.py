@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..operators import ConvOperator, DenseOperator, LinearOperator, as_operator
 from ..spectrum import check_finite
+from .remove import check_whole
 from .stiefel import cayley, in_full_precision, inverse_cayley
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -75,6 +76,7 @@ def tensor_train(layer: nn.Module, rank: int | Sequence[int]) -> TensorTrain:
     Vandewalle (2000) for the start.
     """
     kind = _kind(layer)
+    check_whole(kind.__name__, layer)
     weight = as_operator(layer).weight.detach()
     check_finite(weight)
     groups = getattr(layer, "groups", 1)
