@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spectral_hooks as sh
+from spectral_hooks.hooks import watch
 from spectral_hooks.hooks.watch import Known, keep_inside, still_inside
 
 SHAPES = [(8, 6, 3, 3), (6, 8, 3), (4, 4, 2, 3, 2), (34, 34, 3, 3)]
@@ -52,7 +53,9 @@ def test_a_weight_outside_is_never_taken_for_inside(shape: tuple[int, ...], dtyp
     assert not all(verdicts)
 
 
-def test_many_layers_at_once_as_one_by_one() -> None:
+@pytest.mark.parametrize("bytes_at_once", [1, 1 << 26])
+def test_many_layers_at_once_as_one_by_one(bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_BATCH_BYTES", bytes_at_once)
     torch.manual_seed(0)
     ops, known = [], []
     for i in range(12):
@@ -64,6 +67,11 @@ def test_many_layers_at_once_as_one_by_one() -> None:
     assert together == [still_inside([op], [last], 1.0)[0] is not None for op, last in zip(ops, known, strict=True)]
     assert True in together
     assert False in together
+    clips = keep_inside(ops, known, 1.0, rounds=3, slack=0.05)
+    for op, last, (weight, now) in zip(ops, known, clips, strict=True):
+        ((alone, then),) = keep_inside([op], [last], 1.0, rounds=3, slack=0.05)
+        torch.testing.assert_close(weight, alone, rtol=0, atol=1e-6)
+        assert now.norm == pytest.approx(then.norm, abs=1e-6)
 
 
 def test_nan_and_another_shape_or_dtype_are_not_inside() -> None:

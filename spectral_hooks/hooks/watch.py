@@ -8,7 +8,7 @@ the weights move.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf, prod, sqrt
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ _NEAR = 1.2
 _UNFOLDING_SHARE = 0.65
 #: The least depth of a clip, and from how many channels on it grows with them.
 _LEAST_DEPTH, _WIDE = 0.005, 64
+#: Bytes of kernels certified together.
+_BATCH_BYTES = 1 << 26
 #: How often a clip that is not proven inside is scaled by a little, before it is measured.
 _ATTEMPTS = 2
 
@@ -49,26 +51,45 @@ def still_inside(ops: Sequence[LinearOperator], known: Sequence[Known | None], m
     By bounds of `‖A(D)‖`, the cheapest first. Layers of equal canonical shape are judged together.
     """
     results: list[Known | None] = [None] * len(ops)
-    alike: dict[object, list[tuple[int, Tensor, float]]] = {}
-    for i, (op, last) in enumerate(zip(ops, known, strict=True)):
-        if last is None or not last.norm <= max_norm:
-            continue
-        kernel, far = _moved(op, last)
-        room = (max_norm - last.norm) / op.lattice_factor * _ROUNDING
-        if far <= room:  # also if neither is there; NaN compares as not inside
-            results[i] = last._replace(age=last.age + 1)
-        elif room > 0 and far < inf:
-            share = min(room, _UNFOLDING_SHARE * far)
-            alike.setdefault((kernel.shape, kernel.dtype, kernel.device), []).append((i, kernel / share, share))
-    for members in alike.values():
-        proven = _unfolding_within_one(torch.cat([kernel for _, kernel, _ in members])).unflatten(0, (len(members), -1)).all(1)
-        for (i, _, share), yes in zip(members, proven.tolist(), strict=True):
+    shares: dict[int, float] = {}
+
+    def doubtful() -> Iterator[tuple[int, Tensor]]:
+        """The others' `D`, over what is to be proven of its norm."""
+        for i, (op, last) in enumerate(zip(ops, known, strict=True)):
+            if last is None or not last.norm <= max_norm:
+                continue
+            kernel, far = _moved(op, last)
+            room = (max_norm - last.norm) / op.lattice_factor * _ROUNDING
+            if far <= room:  # also if neither is there; NaN compares as not inside
+                results[i] = last._replace(age=last.age + 1)
+            elif room > 0 and far < inf:
+                shares[i] = min(room, _UNFOLDING_SHARE * far)
+                yield i, kernel / shares[i]
+
+    for members, kernels in _alike(doubtful()):
+        proven = _unfolding_within_one(kernels).unflatten(0, (len(members), -1)).all(1)
+        for i, yes in zip(members, proven.tolist(), strict=True):
             last = known[i]
             if yes and last is not None:
                 # from here on, so that the next steps need the cheapest bound only
-                moved = share * ops[i].lattice_factor / _ROUNDING
+                moved = shares[i] * ops[i].lattice_factor / _ROUNDING
                 results[i] = Known(ops[i].weight.detach().clone(), min(last.norm + moved, max_norm))
     return results
+
+
+def _alike(kernels: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Canonical kernels of equal shape as the groups of one, with their indices; not many bytes at once."""
+    waiting: dict[object, tuple[list[int], list[Tensor]]] = {}
+    for i, kernel in kernels:
+        key = (kernel.shape, kernel.dtype, kernel.device)
+        indices, members = waiting.setdefault(key, ([], []))
+        indices.append(i)
+        members.append(kernel)
+        if len(members) * kernel.nbytes >= _BATCH_BYTES:
+            del waiting[key]
+            yield indices, torch.cat(members)
+    for indices, members in waiting.values():
+        yield indices, torch.cat(members)
 
 
 def _moved(op: LinearOperator, last: Known) -> tuple[Tensor, float]:
@@ -170,19 +191,20 @@ def _to_the_bound(op: LinearOperator, max_norm: float, rounds: int) -> tuple[Ten
 
 def _certified(moving: dict[int, _Moving], max_norm: float) -> dict[int, tuple[float, float]]:
     """Relative to the bound, estimates of the norms and what they are proven not to exceed, at most 1, or infinity."""
-    alike: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor]]] = {}
-    for i, item in moving.items():
-        kernel = item.op.canonical().detach()
-        precise = kernel if kernel.device.type == "mps" else kernel.double()  # Apple's GPUs have no float64
-        alike.setdefault((kernel.shape, kernel.device), []).append((i, precise * (item.op.lattice_factor / max_norm)))
+
+    def kernels() -> Iterator[tuple[int, Tensor]]:
+        for i, item in moving.items():
+            kernel = item.op.canonical().detach()
+            precise = kernel if kernel.device.type == "mps" else kernel.double()  # Apple's GPUs have no float64
+            yield i, precise * (item.op.lattice_factor / max_norm)
+
     found: dict[int, tuple[float, float]] = {}
-    for members in alike.values():
-        groups = len(members[0][1])
-        pace = torch.tensor([moving[i].pace for i, _ in members], dtype=torch.float64).repeat_interleave(groups)
-        depth = torch.tensor([moving[i].depth for i, _ in members], dtype=torch.float64).repeat_interleave(groups)
-        both = certificates(torch.cat([kernel for _, kernel in members]), pace, depth)
-        estimates, proven = (x.unflatten(0, (-1, groups)).amax(1).tolist() for x in both)
-        found.update({i: (e, p) for (i, _), e, p in zip(members, estimates, proven, strict=True)})
+    for members, together in _alike(kernels()):
+        groups = len(together) // len(members)
+        pace = torch.tensor([moving[i].pace for i in members], dtype=torch.float64).repeat_interleave(groups)
+        depth = torch.tensor([moving[i].depth for i in members], dtype=torch.float64).repeat_interleave(groups)
+        estimates, proven = (x.unflatten(0, (-1, groups)).amax(1).tolist() for x in certificates(together, pace, depth))
+        found.update(zip(members, zip(estimates, proven, strict=True), strict=True))
     return found
 
 
