@@ -11,6 +11,8 @@ from torch import Tensor
 from .operators.base import LinearOperator
 from .operators.dense import DenseOperator
 
+#: Restarts after which a decomposition of a matrix of up to some size is cheaper.
+_PATIENCE, _LARGE = 12, 1024
 #: Bytes of basis vectors and their images held at once.
 _BASIS_BYTES = 1 << 29
 #: Up to this size a full decomposition of a matrix is as fast.
@@ -114,18 +116,30 @@ def matrix_norm(matrix: Tensor) -> Tensor:
     fixed = matrix.detach()
     if not bool(fixed.any()):
         return (matrix * 0).sum().real
-    if min(fixed.shape) <= _SMALL:
-        left, _, right = torch.linalg.svd(fixed, full_matrices=False)
-        u, v = left[:, 0], right[0].conj()
-    elif fixed.is_complex():
-        # every singular value of the real form occurs twice, and each vector of it is a complex one
-        real = torch.cat([torch.cat([fixed.real, -fixed.imag], 1), torch.cat([fixed.imag, fixed.real], 1)])
-        _, left, right = largest(DenseOperator(real), tol=1e-9)
-        u, v = (torch.complex(*x[0].chunk(2)) for x in (left, right))
-    else:
-        _, left, right = largest(DenseOperator(fixed), tol=1e-9)
-        u, v = left[0], right[0]
+    u, v = _top_vectors(fixed)
     return (u.conj() @ matrix @ v).real
+
+
+def _top_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors `u`, `v` with `u* M v = ‖M‖`, up to rounding."""
+    if min(matrix.shape) <= _SMALL:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left[:, 0], right[0].conj()
+    restarts = _PATIENCE if min(matrix.shape) <= _LARGE else 300
+    try:
+        if not matrix.is_complex():
+            _, left, right = largest(DenseOperator(matrix), tol=1e-9, max_restarts=restarts)
+            return left[0], right[0]
+        # every singular value of the real form occurs twice, and each vector of it is a complex one
+        real = torch.cat([torch.cat([matrix.real, -matrix.imag], 1), torch.cat([matrix.imag, matrix.real], 1)])
+        _, left, right = largest(DenseOperator(real), tol=1e-9, max_restarts=restarts)
+        return torch.complex(*left[0].chunk(2)), torch.complex(*right[0].chunk(2))
+    except RuntimeError:  # many nearly equal values, as clipping leaves them
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mH
+        u = torch.linalg.eigh(wide @ wide.mH).eigenvectors[:, -1]
+        v = wide.mH @ u
+        v = v / torch.linalg.vector_norm(v)
+        return (u, v) if wide is matrix else (v, u)
 
 
 def with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from cases import FEW_CONVS, MATRICES, Case
 from torch import Tensor
 
 import spectral_hooks as sh
+from spectral_hooks import krylov
 from spectral_hooks.krylov import largest
 from spectral_hooks.lattice import grid_norm, lattice_norm, surely_below
 
@@ -624,3 +625,22 @@ def test_norms_where_float32_products_are_less(precision: str) -> None:
         assert norms[1] == pytest.approx(float(torch.linalg.matrix_norm(symbols, 2).amax()), rel=1e-6)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("patience", [0, 12], ids=["decomposition", "krylov"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("shape", [(150, 130), (120, 200)], ids=str)
+def test_the_norm_of_a_clipped_matrix_and_its_gradient(
+    shape: tuple[int, int], dtype: torch.dtype, patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly equal singular values, whose vectors no Krylov method tells apart: any of them will do."""
+    monkeypatch.setattr(krylov, "_PATIENCE", patience)
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    u, s, vh = torch.linalg.svd(random, full_matrices=False)
+    matrix = ((u * (1 - torch.linspace(0, 1e-4, len(s), dtype=torch.float64))) @ vh).requires_grad_()
+    norm = krylov.matrix_norm(matrix)
+    assert float(norm.detach()) == pytest.approx(1, abs=1e-10)
+    norm.backward()
+    values = torch.linalg.svdvals(matrix.grad)
+    torch.testing.assert_close(values[:2], torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert float((matrix.grad.conj() * matrix.detach()).sum().real) == pytest.approx(1, abs=1e-10)

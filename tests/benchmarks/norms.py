@@ -1,6 +1,6 @@
 """Norms of convolutions: time and tightness of every method, against NumPy FFT + SVD and others in the same run.
 
-    python tests/benchmarks/norms.py [--quick] [--models | --memory] [--picture FILE]
+    python tests/benchmarks/norms.py [--quick] [--only NAME | --models | --memory] [--picture FILE]
 
 Times are medians of a few calls. Ratios are what counts: machines differ and are shared. Peers are used when the environment
 variable SPECTRAL_HOOKS_PEERS names a folder that holds clones of `conv_norm` (Grishina et al. 2024), `lip4conv` (Delattre et al.
@@ -426,6 +426,7 @@ def picture(rows: list[tuple[str, str, str, float, float]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the kernels with at most 128 channels, no models")
+    parser.add_argument("--only", default="", help="only the kernels with this in their names, no models")
     parser.add_argument("--models", action="store_true", help="only the whole models")
     parser.add_argument("--memory", action="store_true", help="only the peak memory of every method at the largest layers")
     parser.add_argument("--peak-of", nargs=3, metavar=("METHOD", "LAYER", "GRADIENT"), help=argparse.SUPPRESS)
@@ -448,12 +449,12 @@ def main() -> None:
             Case(f"{kind} {s[0]}", kernel(kind, s[1]), *s[2:])
             for s in shapes
             for kind in ("random", "trained-like")
-            if not (kind == "trained-like" and s[1][1] == 1)
+            if not (kind == "trained-like" and s[1][1] == 1) and options.only in f"{kind} {s[0]}"
         ]
         rows = table(cases)
         if options.picture:
             picture(rows, options.picture)
-    if not options.quick or options.models:
+    if options.models or not (options.quick or options.only):
         models(options.quick)
 
 
