@@ -414,7 +414,7 @@ def _seen_above(kernel: Tensor, target: float) -> bool:
     """Whether some vector shows that the norm of a large matrix lies above the target: far cheaper than a failing proof."""
     if min(kernel.shape[1:]) < _LARGE or kernel.is_meta:
         return False
-    matrix = kernel[0].detach().to(torch.promote_types(kernel.dtype, torch.float32))
+    matrix = kernel[0].detach().to(torch.promote_types(kernel.dtype, torch.float32 if float32_is_kept() else torch.float64))
     vector = matrix[torch.linalg.vector_norm(matrix, dim=1).argmax()]
     for _ in range(_GLANCES):
         image = matrix @ (vector / torch.linalg.vector_norm(vector))

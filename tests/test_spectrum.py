@@ -15,6 +15,7 @@ import spectral_hooks as sh
 from spectral_hooks import krylov
 from spectral_hooks.krylov import largest
 from spectral_hooks.lattice import grid_norm, lattice_norm, surely_below
+from spectral_hooks.operators.symbols import Gram
 
 # -- the lattice norm -----------------------------------------------------------------------------------------------------
 
@@ -618,8 +619,11 @@ def test_norms_where_float32_products_are_less(precision: str) -> None:
     weight = torch.randn(96, 80, 3, 3, generator=torch.Generator().manual_seed(0))
     op = sh.ConvOperator(weight)
     norms = [float(sh.spectral_norm(op)), float(sh.spectral_norm(op.circular((6, 6))))]
+    gram = Gram(weight.double()[None])
+    assert gram.single().dtype == torch.complex64
     torch.set_float32_matmul_precision(precision)
     try:
+        assert gram.single().dtype == torch.complex128  # also on processors that have no faster products
         assert norms == pytest.approx([float(sh.spectral_norm(op)), float(sh.spectral_norm(op.circular((6, 6))))], rel=1e-3)
         symbols = torch.fft.fft2(weight.double(), s=(6, 6)).movedim((0, 1), (-2, -1))
         assert norms[1] == pytest.approx(float(torch.linalg.matrix_norm(symbols, 2).amax()), rel=1e-6)

@@ -159,12 +159,12 @@ def keep_inside(
         else:
             results[i] = _to_the_bound(op, max_norm, rounds)
     for _ in range(_ATTEMPTS):
-        for i, (_, proven) in _certified(outside, max_norm).items():
+        for i, (estimate, proven) in _certified(outside, max_norm).items():
             op, _, depth = outside[i]
             if proven <= 1:
                 results[i] = op.weight, Known(op.weight.clone(), proven * max_norm)
                 del outside[i]
-            else:  # scaling by a little costs less than finding out by how much
+            elif estimate * (1 - depth / 4) > 1 - depth:  # not deeper than meant, and cheaper than to find out by how much
                 outside[i] = outside[i]._replace(op=op.with_weight(op.weight * (1 - depth / 4)))
     for i, (op, _, depth) in outside.items():
         weight, norm = projections.settle(op, op.weight, max_norm, depth / 4)
@@ -213,6 +213,7 @@ def _clip(item: _Moving, estimate: float, max_norm: float, rounds: int) -> _Movi
     op, near = item.op, estimate < _NEAR
     kernel, scale = normalized(op.canonical())
     level = max_norm * (1 - item.depth) / scale
-    clipped, _ = clip_kernel(op, kernel.float() if near else kernel, level, 1 if near else rounds, stretch=not near)
+    single = near and float32_is_kept()
+    clipped, _ = clip_kernel(op, kernel.float() if single else kernel, level, 1 if near else rounds, stretch=not near)
     weight = op.from_canonical(clipped.to(kernel)) * scale
     return item._replace(op=op.with_weight(weight.to(op.weight)))
