@@ -55,8 +55,8 @@ def largest(
     Raises:
         RuntimeError: not converged after `max_restarts`.
     """
-    dtype = torch.promote_types(op.weight.dtype, torch.float32)
-    op = op.with_weight(op.weight.detach().to(dtype))
+    dtype = torch.promote_types(op.dtype, torch.float32)
+    op = op.to(dtype)
     size = prod(op.in_shape)
     generator = generator or torch.Generator().manual_seed(0)
 
@@ -70,7 +70,7 @@ def largest(
     per_vector = (size + prod(op.out_shape)) * dtype.itemsize
     columns = min(size, max(4 * block, min(12 * block + 24, _BASIS_BYTES // per_vector)))
     keep = max(block, columns // 3)
-    start = torch.randn(size, block, generator=generator, dtype=dtype).to(op.weight.device)
+    start = torch.randn(size, block, generator=generator, dtype=dtype).to(op.device)
     basis = torch.linalg.qr(start).Q
     image = forward(basis)
     # residuals of wide layers stop shrinking at some 30 eps

@@ -13,24 +13,14 @@ import torch
 from torch import Tensor
 
 Self = TypeVar("Self", bound="LinearOperator")
+SelfWithKernel = TypeVar("SelfWithKernel", bound="KernelOperator")
 
 #: Sizes of the frequency grid, one per spatial axis, and how often each frequency of that axis occurs.
 Grid = tuple[tuple[int, int], ...]
 
 
 class LinearOperator(ABC):
-    """A real linear map `A` from tensors of shape `in_shape` to tensors of shape `out_shape`.
-
-    The map is linear in one `weight` too. An operator never copies or changes it, so gradients flow through.
-
-    Everything spectral goes through the **canonical form**: a tensor `(groups, rows, columns, *taps)` that is the kernel
-    of a stride-1, undilated convolution with the same singular values. `canonical` is a linear isometry of the weight
-    (Frobenius norms agree) and `from_canonical` its adjoint: it drops what the weight cannot hold.
-    """
-
-    weight: Tensor
-    #: Whether the canonical kernel is that of the adjoint.
-    transposed: bool = False
+    """A real linear map `A` from tensors of shape `in_shape` to tensors of shape `out_shape`."""
 
     @property
     @abstractmethod
@@ -47,6 +37,25 @@ class LinearOperator(ABC):
         """Whether the map has fixed shapes; the lattice operator of a convolution without an input size has none."""
         return True
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """That of the numbers which make the map."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Numbers of output and of input channels: the first entries of the shapes."""
+        return self.out_shape[0], self.in_shape[0]
+
+    @abstractmethod
+    def to(self: Self, dtype: torch.dtype) -> Self:
+        """The same map with its numbers in another dtype."""
+
     @abstractmethod
     def matvec(self, x: Tensor) -> Tensor:
         """`A x`, for `x` of shape `(*batch, *in_shape)`."""
@@ -54,6 +63,33 @@ class LinearOperator(ABC):
     @abstractmethod
     def rmatvec(self, y: Tensor) -> Tensor:
         """`Aᵀ y`, the exact adjoint, for `y` of shape `(*batch, *out_shape)`."""
+
+    def to_dense(self) -> Tensor:
+        """The matrix of the map, `(numel(out_shape), numel(in_shape))`, by applying it to every unit vector."""
+        columns = prod(self.in_shape)
+        identity = torch.eye(columns, dtype=self.dtype, device=self.device)
+        return self.matvec(identity.reshape(columns, *self.in_shape)).reshape(columns, -1).T
+
+
+class KernelOperator(LinearOperator):
+    """A linear map that is linear in one `weight` too. An operator never copies or changes it, so gradients flow through.
+
+    Everything spectral goes through the **canonical form**: a tensor `(groups, rows, columns, *taps)` that is the kernel
+    of a stride-1, undilated convolution with the same singular values. `canonical` is a linear isometry of the weight
+    (Frobenius norms agree) and `from_canonical` its adjoint: it drops what the weight cannot hold.
+    """
+
+    weight: Tensor
+    #: Whether the canonical kernel is that of the adjoint.
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
     @abstractmethod
     def canonical(self) -> Tensor:
@@ -78,7 +114,10 @@ class LinearOperator(ABC):
         """`lattice_factor`, and where that needs an input size and there is none, its supremum over all that torch allows."""
         return self.lattice_factor
 
-    def with_weight(self: Self, weight: Tensor) -> Self:
+    def to(self: SelfWithKernel, dtype: torch.dtype) -> SelfWithKernel:
+        return self.with_weight(self.weight.to(dtype))
+
+    def with_weight(self: SelfWithKernel, weight: Tensor) -> SelfWithKernel:
         """The same geometry with another weight of the same shape.
 
         Raises:
@@ -90,12 +129,6 @@ class LinearOperator(ABC):
         other.weight = weight
         return other
 
-    def to_dense(self) -> Tensor:
-        """The matrix of the map, `(numel(out_shape), numel(in_shape))`, by applying it to every unit vector."""
-        columns = prod(self.in_shape)
-        identity = torch.eye(columns, dtype=self.weight.dtype, device=self.weight.device)
-        return self.matvec(identity.reshape(columns, *self.in_shape)).reshape(columns, -1).T
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,7 +139,7 @@ def full_precision(function: F) -> F:
     @functools.wraps(function)
     def wrapped(op: LinearOperator | Sequence[LinearOperator], *args: Any, **kwargs: Any) -> Any:
         ops = op if isinstance(op, Sequence) else (op,)
-        devices = {each.weight.device.type for each in ops}
+        devices = {each.device.type for each in ops}
 
         def run(left: list[str]) -> Any:
             if not left:

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import padding as paddings
-from .base import Grid, LinearOperator, check_ends_with, check_weight
+from .base import Grid, KernelOperator, check_ends_with, check_weight
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-class ConvOperator(LinearOperator):
+class ConvOperator(KernelOperator):
     """A convolution or a transposed convolution in one, two or three dimensions, as torch computes it.
 
     Without an `input_size` it is the **lattice operator**: the same kernel on an infinite grid. It has no shapes; its norm
@@ -155,6 +155,11 @@ class ConvOperator(LinearOperator):
             return far, near
         far = tuple((n + sum(p) - reach - 1) // s + 1 for n, s, p, reach, _ in axes)
         return near, far
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        first, second = self.weight.shape[0], self.weight.shape[1] * self.groups
+        return (second, first) if self.transposed else (first, second)
 
     @property
     def in_shape(self) -> tuple[int, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Grid, LinearOperator, check_ends_with, check_weight
+from .base import Grid, KernelOperator, check_ends_with, check_weight
 
 
-class DenseOperator(LinearOperator):
+class DenseOperator(KernelOperator):
     """The map `x ↦ W x` over the last dimension.
 
     Args:
