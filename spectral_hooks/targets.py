@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .low_rank import clip_update
 from .operators import DenseOperator, as_operator
 from .operators.base import LinearOperator
 from .operators.layers import lora_factors
-from .weights import full, pruning_mask, write_
+from .weights import full, held, pruning_mask, write_
 
 #: What `LoraTarget.clipped` has found: the base weight and the left factors, each None where it stays.
 LoraChange = tuple[Tensor | None, list[Tensor] | None]
@@ -28,8 +27,13 @@ class Target:
     outputs: slice | None = None
 
     def operators(self) -> list[LinearOperator]:
-        """An operator for each layer; tied layers may apply the same weight with different geometries."""
-        return [_part(as_operator(layer), self.outputs) for layer in self.layers]
+        """An operator for each layer, all of one weight; tied layers may apply it with different geometries, or transposed."""
+        operators = [_part(as_operator(layer), self.outputs) for layer in self.layers]
+        return [operators[0], *(_as_it_lies(op, operators[0].weight) for op in operators[1:])]
+
+    def leaves(self) -> list[Tensor]:
+        """The parameters that the weight is made of."""
+        return list(held(self.layers[0]).leaves)
 
     def mask(self) -> Tensor | None:
         """What torch's pruning lays over the weight, if anything."""
@@ -38,9 +42,9 @@ class Target:
             return mask
         return _rows(mask, self.outputs, as_operator(self.layers[0]).transposed)
 
-    def parametrized(self) -> list[nn.Module]:
-        """The layers whose weight `write_` assigns through a parametrization, which may refuse."""
-        return [layer for layer in self.layers[:1] if is_parametrized(layer, "weight")]
+    def may_refuse(self) -> list[nn.Module]:
+        """The layers whose weight `write_` sets through an inverse map, which may refuse it or round it."""
+        return [layer for layer in self.layers[:1] if not held(layer).plain]
 
     def write_(self, weight: Tensor) -> None:
         """Give the layers this weight, of the shape of the operators'."""
@@ -67,10 +71,15 @@ class LoraTarget:
         weight, left, right = self._sum()
         return [DenseOperator(weight.to(right) + left.to(right) @ right)]
 
-    def parametrized(self) -> list[nn.Module]:
-        """The layers whose weight `write_` assigns through a parametrization, which may refuse."""
-        own = [b for _, b, _ in lora_factors(self.layers[0]) if is_parametrized(b, "weight")]
-        return own if self.base is None else own + self.base.parametrized()
+    def leaves(self) -> list[Tensor]:
+        """The parameters of the adapters, and of the base weight."""
+        own = [leaf for a, b, _ in lora_factors(self.layers[0]) for layer in (a, b) for leaf in held(layer).leaves]
+        return own if self.base is None else own + self.base.leaves()
+
+    def may_refuse(self) -> list[nn.Module]:
+        """The layers whose weight `write_` sets through an inverse map, which may refuse it or round it."""
+        own = [b for _, b, _ in lora_factors(self.layers[0]) if not held(b).plain]
+        return own if self.base is None else own + self.base.may_refuse()
 
     @torch.no_grad()
     def clipped(self, project: Callable[[Target], Tensor | None], max_norm: float) -> LoraChange | None:
@@ -125,6 +134,13 @@ def _matrix(op: LinearOperator) -> Tensor:
 def _rows(weight: Tensor, outputs: slice, transposed: bool) -> Tensor:
     """The part of a matrix that makes these outputs, as a view."""
     return weight[:, outputs] if transposed else weight[outputs]
+
+
+def _as_it_lies(op: LinearOperator, weight: Tensor) -> LinearOperator:
+    """The operator with its matrix the way round that `weight` has, if it lies in memory transposed to that."""
+    here = op.weight
+    turned = here.shape != weight.shape or (min(here.shape) > 1 and here.stride() != weight.stride())
+    return DenseOperator(here.T, transposed=not op.transposed) if turned and isinstance(op, DenseOperator) else op
 
 
 def _part(op: LinearOperator, outputs: slice | None) -> LinearOperator:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,15 +17,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import projections
 from ..operators.base import LinearOperator
 from ..projections import Projection
-from ..selection import Patterns, Selection, Split, listed, named_layers, select
+from ..selection import Patterns, Selection, Split, called, listed, named_layers, select
 from ..spectrum import check_finite, spectral_norm
 from ..targets import LoraTarget, Target
-from ..weights import clip_gain_, full, remember
+from ..weights import clipped_gain, full, remember, write_gain_
 from .attach import Handle, attach
 from .share import shared
 from .watch import Known, keep_inside, still_inside
 
 _log = logging.getLogger(__name__)
+
+#: From which share of the weights on, free for want of support, there is a warning.
+_SHARE = 0.1
+#: Up to what excess, relative to the bound, a norm counts as equal to it.
+_TOLERANCE = 1e-6
+#: How often a weight that comes back rounded is made smaller.
+_ATTEMPTS = 4
+_FROZEN = "frozen (requires_grad=False): left as it is while training"
 
 
 class SpectralClip:
@@ -39,6 +49,10 @@ class SpectralClip:
     Most steps cost little: with `V` a weight that was certified, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(W - V)‖`, and a coarse bound of the second
     term will do until the weight has moved far. The hook keeps such a `V` of every weight (as much memory again as the weights).
 
+    Nothing is left free in silence: every parameter of two or more dimensions is constrained, or `skipped` has the reason. When
+    more than a tenth of them (in elements) is free for want of support there is a warning at the start. Frozen weights
+    (`requires_grad=False`) are left as they are while training, until they are thawed; `start(model)` alone projects them too.
+
     Args:
         max_norm: the bound.
         layers: which layers, as glob on qualified names, type, predicate of `(name, layer)` or of the layer, or a list of these;
@@ -53,21 +67,23 @@ class SpectralClip:
             certified. Matrices are always clipped exactly.
         schedule: `step -> max_norm`, to let the bound change; `max_norm` counts where there is none.
         batch_norm: "clip" to keep the gains `|γ| / √(running_var + ε)` of batch normalization at most `max_norm` too; None
-            leaves them alone.
+            leaves them alone. The bound holds for the numbers as they are stored, in half precision too.
         split, lora: as for `selection.select`: fused projections in parts, and how LoRA adapters count.
         distribute: share the work over the processes of torch.distributed: each weight has an owner that projects it and sends
             the result. All processes must hold the same weights (DDP, FSDP2).
         record: measure `largest_norm` too, which costs a certified norm of every layer at every projection.
 
     Attributes:
-        skipped: for each layer with weights that is not constrained, why.
+        skipped: for each layer with weights that is not constrained, why; `report()` is that as a text.
+        training: whether frozen weights are left as they are. `attach` sets it, and so do the callbacks for frameworks.
         step: optimizer steps seen, of all optimizers together.
         bound: `max_norm` as it is now.
         clipped: how many weights the last projection changed.
         largest_norm: the largest norm of all selected layers before the last projection, to 1 %; None unless `record`.
 
     Raises:
-        ValueError: an argument out of range; at the start, a pattern that matches nothing or an unsupported layer named in full;
+        ValueError: an argument out of range; at the start, a pattern that matches nothing, an unsupported layer named in full, or
+            a layer whose weight can be measured and not set (see `as_operator`);
             in training, a NaN or infinite weight (layer and step are named, all weights stay as they are).
 
     Example:
@@ -125,9 +141,10 @@ class SpectralClip:
         self.step = 0
         self.clipped = 0
         self.largest_norm: float | None = None
+        self.training = False
         self._resumed = False
         self._selection = Selection()
-        self._normalizations: list[nn.Module] = []
+        self._normalizations: dict[str, nn.Module] = {}
         self._known: dict[str, Known] = {}
         self._handle: Handle | None = None
 
@@ -143,11 +160,28 @@ class SpectralClip:
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles carry the settings, not the model that the original works on
-        return {**self.__dict__, "_selection": Selection(), "_normalizations": [], "_known": {}, "_handle": None}
+        return {**self.__dict__, "_selection": Selection(), "_normalizations": {}, "_known": {}, "_handle": None}
 
     @property
     def skipped(self) -> dict[str, str]:
-        return self._selection.skipped
+        frozen = [target.name for target in self._selection.targets if not self._is_acted_on(target)]
+        frozen += [name for name, layer in self._normalizations.items() if not self._is_acted_on(layer)]
+        return self._selection.skipped | dict.fromkeys(frozen, _FROZEN)
+
+    def report(self) -> str:
+        """What is constrained and what is not, as a text: the reasons for all that is left out, with the layers of each."""
+        skipped = self.skipped
+        free, numel = self._free()
+        constrained = sum(target.name not in skipped for target in self._selection.targets)
+        lines = [f"{constrained} weights constrained to norm <= {self.bound:g}, {len(skipped)} layers or weights left out."]
+        if free:
+            lines.append(f"Free for want of support: {sum(free.values()) / numel:.0%} of the elements of weights.")
+        layers: dict[str, list[str]] = defaultdict(list)
+        for name, reason in skipped.items():
+            layers[reason].append(name or "the model itself")
+        for reason, names in sorted(layers.items(), key=lambda pair: -sum(free.get(name, 0) for name in pair[1])):
+            lines += [f"- {reason}", f"    {', '.join(names)}"]
+        return "\n".join(lines)
 
     @property
     def bound(self) -> float:
@@ -173,13 +207,18 @@ class SpectralClip:
             if self._handle.model is not model:
                 raise ValueError("this SpectralClip is attached to another model: make a new one, or remove() its handle first.")
             return attach(self, model, optimizer, self._handle)
+        self.training = True
         self._handle = attach(self, model, optimizer)
         return self._handle
 
     def start(self, model: nn.Module) -> None:
-        """Select the layers and project, unless a resumed run was between two projections."""
+        """Select the layers and project, unless a resumed run was between two projections.
+
+        By itself this is a projection for once, of frozen weights too: `SpectralClip(1.0).start(model)`.
+        """
         self._selection = select(model, self.layers, self.exclude, split=self.split, lora=self.lora)
         self._normalizations = self._chosen_normalizations(model)
+        self._warn_of_free_weights()
         if not self._resumed:
             self._known = {}
         if not self._resumed or self.step % self.every == 0:
@@ -214,30 +253,67 @@ class SpectralClip:
 
     @torch.no_grad()
     def _project_all(self, slack: float) -> None:
+        # looked at anew each time: layers may be frozen and thawed
+        targets = [target for target in self._selection.targets if self._is_acted_on(target)]
         if self.record:
-            operators = (op for target in self._selection.targets for op in self._gathered(target))
-            self.largest_norm = max(float(spectral_norm(op, rtol=1e-2)) for op in operators)
+            operators = (op for target in targets for op in self._gathered(target))
+            self.largest_norm = max((float(spectral_norm(op, rtol=1e-2)) for op in operators), default=None)
         results: Iterable[Any]
         if self.distribute:
             # only an owner knows its weights, so none can be left out beforehand
-            targets = self._selection.targets
             results = shared(partial(self._projected_if_in_doubt, slack=slack), targets, self._gathered)
         else:
-            targets = self._in_doubt(self._selection.targets)
+            targets = self._in_doubt(targets)
             results = self._projected_together(targets, slack)
         changed = [(target, new) for target, new in zip(targets, results, strict=True) if new is not None]
-        # only parametrized weights can refuse: they go first, and all go back if one does
-        changed.sort(key=lambda pair: not pair[0].parametrized())
+        gains = self._clipped_gains()
+        # only weights that are set through an inverse map can refuse: they go first, and all go back if one does
+        jobs = sorted(((target, new, target.may_refuse()) for target, new in changed), key=lambda job: not job[2])
         undo: list[Callable[[], None]] = []
-        for target, new in changed:
-            try:
-                undo += [remember(layer) for layer in target.parametrized()]
-                target.write_(new)
-            except ValueError as error:
-                for restore_ in reversed(undo):  # parts of one weight share its parametrization
-                    restore_()
-                raise ValueError(f"{target.name}: {error}") from error
-        self.clipped = len(changed) + sum(clip_gain_(layer, self.bound) for layer in self._normalizations)
+        for target, new, refusing in jobs:
+            with self._named(target.name):
+                try:
+                    undo += [remember(layer) for layer in refusing]
+                    target.write_(new)
+                    if refusing and isinstance(target, Target):
+                        self._make_room_for_rounding(target, new)
+                except ValueError:
+                    for restore_ in reversed(undo):  # parts of one weight share its parametrization
+                        restore_()
+                    raise
+        for layer, gamma in gains:
+            write_gain_(layer, gamma)
+        self.clipped = len(changed) + len(gains)
+
+    def _make_room_for_rounding(self, target: Target, weight: Tensor) -> None:
+        """Have a weight obey that was inside, and that comes back from an inverse map with its rounding."""
+        if self.projection not in projections.GUARANTEED:
+            return
+        for _ in range(_ATTEMPTS):
+            operators = [op for op in self._gathered(target) if not torch.equal(op.weight, weight.to(op.weight))]
+            norm = max((float(spectral_norm(op)) for op in operators), default=0.0)
+            if norm <= self.bound * (1 + _TOLERANCE):
+                return
+            weight = weight * (self.bound / norm * (1 - _TOLERANCE))
+            target.write_(weight)
+        raise ValueError(f"the layer rounds what it is given to a norm of {norm:.7g}; exclude it, or keep it in float32.")
+
+    def _clipped_gains(self) -> list[tuple[nn.Module, Tensor]]:
+        """The normalizations whose gains are outside, with those that are inside."""
+        clipped = []
+        for name, layer in self._normalizations.items():
+            if self._is_acted_on(layer):
+                with self._named(name):
+                    gamma = clipped_gain(layer, self.bound)
+                clipped += [] if gamma is None else [(layer, gamma)]
+        return clipped
+
+    def _is_acted_on(self, item: Target | LoraTarget | nn.Module) -> bool:
+        """Whether this is to be projected now: in training not if it is frozen."""
+        if not self.training:
+            return True
+        leaves = item.parameters(recurse=False) if isinstance(item, nn.Module) else item.leaves()
+        return any(leaf.requires_grad for leaf in leaves)
 
     def _gathered(self, target: Target | LoraTarget) -> list[LinearOperator]:
         """The target's operators, with whole weights: a sharded one is gathered from all processes."""
@@ -250,7 +326,7 @@ class SpectralClip:
             i for i, target in enumerate(targets) if target.name in self._known and self._is_watched(target, operators[i])
         ]
         for i in together:
-            with self._named(targets[i]):
+            with self._named(targets[i].name):
                 check_finite(operators[i][0].weight)
         kept = self._kept([targets[i].name for i in together], [operators[i][0] for i in together], slack)
         results = dict(zip(together, kept, strict=True))
@@ -258,18 +334,18 @@ class SpectralClip:
 
     def _projected(self, target: Target | LoraTarget, operators: list[LinearOperator], slack: float) -> Any:
         """What to write so that the target is inside the ball, or None if it is there already."""
-        with self._named(target):
+        with self._named(target.name):
             if isinstance(target, LoraTarget):
                 return target.clipped(self._inside, self.bound)
             return self._inside(target, operators, slack)
 
     @contextmanager
-    def _named(self, target: Target | LoraTarget) -> Iterator[None]:
+    def _named(self, name: str) -> Iterator[None]:
         """Errors say which weight it is, and when."""
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{target.name}, after step {self.step}: {error}") from error
+            raise ValueError(f"{called(name)}, after step {self.step}: {error}") from error
 
     def _inside(self, target: Target, operators: list[LinearOperator] | None = None, slack: float = 0.0) -> Tensor | None:
         """The weight inside the ball, or None if it is there already."""
@@ -320,20 +396,49 @@ class SpectralClip:
         self._known.update((targets[i].name, now) for i, now in settled.items())
         return [target for i, target in enumerate(targets) if i not in settled]
 
-    def _chosen_normalizations(self, model: nn.Module) -> list[nn.Module]:
+    def _chosen_normalizations(self, model: nn.Module) -> dict[str, nn.Module]:
         """The batch normalizations to clip; if there are some and none is to be, say so."""
         apart = ("excluded", "not among `layers`")
+        skipped = self._selection.skipped
         found = {
             name: layer
             for name, layer in named_layers(model)
-            if isinstance(layer, _BatchNorm) and self.skipped.get(name) not in apart and layer.running_var is not None
+            if isinstance(layer, _BatchNorm) and skipped.get(name) not in apart and layer.running_var is not None
         }
         if self.batch_norm is None:
             if found:
                 _log.info("%d batch normalizations are left alone; batch_norm='clip' bounds their gains too.", len(found))
-            return []
-        self._selection.skipped = {name: reason for name, reason in self.skipped.items() if name not in found}
-        return list(found.values())
+            return {}
+        without = {name: "affine=False: there are no gains to clip" for name, layer in found.items() if layer.weight is None}
+        self._selection.skipped = {name: reason for name, reason in skipped.items() if name not in found} | without
+        return {name: layer for name, layer in found.items() if name not in without}
+
+    def _free(self) -> tuple[dict[str, int], int]:
+        """Elements of weights that nothing bounds for want of support, by name; and of these and the constrained together."""
+
+        def count(parameters: Iterable[Tensor]) -> int:
+            # while training, what is frozen is not free to move
+            return sum(p.numel() for p in parameters if p.ndim > 1 and (p.requires_grad or not self.training))
+
+        constrained = {id(leaf): leaf for target in self._selection.targets for leaf in target.leaves()}
+        free = {name: count(parameters) for name, parameters in self._selection.free.items()}
+        return {name: n for name, n in free.items() if n}, count(constrained.values()) + sum(free.values())
+
+    def _warn_of_free_weights(self) -> None:
+        free, numel = self._free()
+        share = sum(free.values()) / max(numel, 1)
+        if share <= _SHARE:
+            return
+        largest = sorted(free, key=lambda name: -free[name])
+        shown = ", ".join(f"{name or 'the model itself'} ({free[name] / numel:.0%})" for name in largest[:3])
+        more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+        warnings.warn(
+            f"SpectralClip leaves {share:.0%} of the weights (elements of parameters with two or more dimensions) free for want "
+            f"of support: {shown}{more}. Of the first: {self._selection.skipped[largest[0]]} print(hook.report()) lists all; "
+            "`exclude` those that are meant to be free.",
+            UserWarning,
+            stacklevel=5 if self.training else 3,  # whoever calls `attach` or `start`
+        )
 
 
 def _shown(patterns: Any) -> str:

@@ -31,6 +31,8 @@ class LinearOperator(ABC):
     weight: Tensor
     #: Whether the canonical kernel is that of the adjoint.
     transposed: bool = False
+    #: Where `weight` is computed from a layer's parameters: makes the layer hold another one.
+    assign: Callable[[Tensor], None] | None = None
 
     @property
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import ceil, gcd, prod, sqrt
 
@@ -33,6 +33,7 @@ class ConvOperator(LinearOperator):
         transposed: the adjoint of the convolution with this kernel.
         padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`.
         input_size: spatial size of the input, int or one per axis; None for the lattice operator.
+        assign: of a layer that computes its kernel from its parameters: makes the layer hold another one, see `as_operator`.
 
     Raises:
         TypeError: `weight` is no real floating-point tensor.
@@ -61,6 +62,7 @@ class ConvOperator(LinearOperator):
         transposed: bool = False,
         padding_mode: str = "zeros",
         input_size: int | Sequence[int] | None = None,
+        assign: Callable[[Tensor], None] | None = None,
     ) -> None:
         check_weight(weight)
         dims = weight.ndim - 2
@@ -76,6 +78,7 @@ class ConvOperator(LinearOperator):
         if transposed and padding_mode != "zeros":
             raise ValueError(f"`padding_mode` of a transposed convolution must be 'zeros'; got {padding_mode!r}.")
         self.weight = weight
+        self.assign = assign
         self.stride = _per_axis("stride", stride, dims, least=1)
         self.dilation = _per_axis("dilation", dilation, dims, least=1)
         self.output_padding = _per_axis("output_padding", output_padding, dims, least=0)

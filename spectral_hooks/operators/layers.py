@@ -35,7 +35,12 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
     a `ConvOperator`. A parametrized layer is measured by the weight that it computes now, a linear layer with LoRA adapters of
     PEFT by the merged one, base + Σ scaling · B A over the active adapters.
 
-    To teach it a layer of your own: `as_operator.register(MyLayer, lambda layer, input_size=None: ...)`.
+    To teach it a layer of your own: `as_operator.register(MyLayer, lambda layer, input_size=None: ...)`, a function that returns
+    a `DenseOperator` or a `ConvOperator`. Its weight can be written too if it is a parameter of the layer, a view of one
+    (transposed, reshaped, a part), or a parametrized tensor with `right_inverse`. If the layer computes it, give the operator the
+    inverse map as `assign=`, a function of the new weight that changes the layer's parameters in place. After `assign(w)` the
+    operator of the layer must have the weight `w`: it is read back, and all is put back if it does not. Without one the layer can
+    be measured, and hooks refuse it.
 
     Args:
         layer: the layer. Its weight is not copied: gradients flow through the operator.
@@ -53,6 +58,23 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
         (2,)
         >>> sh.as_operator(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), input_size=(9, 6)).out_shape
         (8, 5, 3)
+
+        A layer that scales its weight in forward:
+
+        >>> class Scaled(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.eye(2))
+        ...     def forward(self, x):
+        ...         return torch.nn.functional.linear(x, 4 * self.weight)
+        >>> @sh.as_operator.register
+        ... def _(layer: Scaled, input_size=None):
+        ...     return sh.DenseOperator(4 * layer.weight, assign=lambda w: layer.weight.copy_(w / 4))
+        >>> model = torch.nn.Sequential(Scaled())
+        >>> sh.SpectralClip(1.0).start(model)
+        >>> model[0].weight.data
+        tensor([[0.2500, 0.0000],
+                [0.0000, 0.2500]])
     """
     if isinstance(layer, LinearOperator):
         return layer
@@ -63,7 +85,10 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
         return _lora(layer)
     if isinstance(layer, Tensor):
         raise TypeError("`layer` is a tensor: say which map it is, with DenseOperator(weight) or ConvOperator(weight, ...).")
-    raise TypeError(f"`layer` of type {type(layer).__name__} has no operator; register one with as_operator.register.")
+    kind = type_before_parametrizations(layer) if isinstance(layer, nn.Module) else type(layer)
+    # many libraries have a `Linear` of their own
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    raise TypeError(f"`layer` of type {where} has no operator; register one with as_operator.register.")
 
 
 def is_adapter(layer: Any) -> bool:
