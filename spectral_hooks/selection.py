@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from .operators import DenseOperator, as_operator
 from .operators.layers import is_adapter, lora_factors
 from .targets import LoraTarget, Target
-from .weights import Held, check_writable, held, overlap
+from .weights import Held, check_writable, held, memory_of, overlap
 
 #: A glob on qualified names, a type of layer, or a predicate of `(name, layer)` or of the layer alone.
 Pattern = str | type[nn.Module] | Callable[..., bool]
@@ -89,6 +90,7 @@ def select(
 
     result = Selection()
     owners: dict[object, _Owner] = {}
+    neighbours: dict[object, list[_Owner]] = defaultdict(list)  # by the memory of their parameters
     unsupported: set[str] = set()
     for name, layer in modules.items():
         if not _has_weight(layer):
@@ -123,10 +125,12 @@ def select(
                 owners[key].share(name, layer, how)
                 result.skipped[name] = f"shares the weight of {owners[key].targets[0].name or 'the model itself'}"
             else:
-                for owner in owners.values():
-                    owner.check_apart(name, how)
                 targets = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts.get(name))]
                 owners[key] = _Owner(name, how, targets)
+                for memory in {memory_of(leaf) for leaf in how.leaves}:
+                    for owner in neighbours[memory]:
+                        owner.check_apart(name, how)
+                    neighbours[memory].append(owners[key])
                 result.targets += targets
     if not result.targets:
         reasons = [f"{name or 'the model itself'}: {reason}" for name, reason in list(result.skipped.items())[:5]]
@@ -148,7 +152,7 @@ class _Owner:
     def share(self, name: str, layer: nn.Module, how: Held) -> None:
         """Another layer has the same weight."""
         turned = how.weight.shape != self.how.weight.shape or how.weight.stride() != self.how.weight.stride()
-        made_alike = how.plain or self.how.weight is how.weight or torch.equal(self.how.weight, how.weight)
+        made_alike = how.plain or how.is_view or torch.equal(self.how.weight, how.weight)
         if not made_alike or (turned and self.targets[0].outputs is not None):
             raise ValueError(self._clash(name))
         for target in self.targets:
@@ -156,9 +160,11 @@ class _Owner:
 
     def check_apart(self, name: str, how: Held) -> None:
         """Refuse a layer that makes another weight of the same parameters: what is written to one would change the other."""
-        views = isinstance(how.place[0], int) and self.how.place[0] == how.place[0]
-        shared = {id(leaf) for leaf in self.how.leaves} & {id(leaf) for leaf in how.leaves}
-        if overlap(self.how.weight, how.weight) if views else shared:
+        if how.is_view and self.how.is_view:
+            clash = overlap(self.how.weight, how.weight)
+        else:
+            clash = any(overlap(one, other) for one in self.how.leaves for other in how.leaves)
+        if clash:
             raise ValueError(self._clash(name))
 
     def _clash(self, name: str) -> str:

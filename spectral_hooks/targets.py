@@ -35,6 +35,12 @@ class Target:
         """The parameters that the weight is made of."""
         return list(held(self.layers[0]).leaves)
 
+    def trains(self) -> bool:
+        """Whether any of these requires a gradient."""
+        # most layers are frozen whole or not at all, and to make a weight may cost more than to look
+        each = {p.requires_grad for p in self.layers[0].parameters()}
+        return each.pop() if len(each) == 1 else any(leaf.requires_grad for leaf in self.leaves())
+
     def mask(self) -> Tensor | None:
         """What torch's pruning lays over the weight, if anything."""
         mask = pruning_mask(self.layers[0])
@@ -75,6 +81,10 @@ class LoraTarget:
         """The parameters of the adapters, and of the base weight."""
         own = [leaf for a, b, _ in lora_factors(self.layers[0]) for layer in (a, b) for leaf in held(layer).leaves]
         return own if self.base is None else own + self.base.leaves()
+
+    def trains(self) -> bool:
+        """Whether any of these requires a gradient; the base weight is most often frozen."""
+        return any(leaf.requires_grad for leaf in self.leaves())
 
     def may_refuse(self) -> list[nn.Module]:
         """The layers whose weight `write_` sets through an inverse map, which may refuse it or round it."""

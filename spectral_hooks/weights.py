@@ -51,8 +51,10 @@ class Held:
     place: tuple[Any, ...]
     #: Makes the layer hold another; None where there is no way.
     give_: Callable[[Tensor], None] | None
-    #: Whether it is written as it is, entry by entry, rather than through an inverse map.
+    #: Whether it is a parameter, and written entry by entry.
     plain: bool = False
+    #: Whether it is a parameter or a view of one, that `overlap` can judge.
+    is_view: bool = False
 
 
 @torch.enable_grad()  # only then does a computed weight know its parameters
@@ -77,9 +79,9 @@ def held(layer: nn.Module) -> Held:
         for module in layer.modules():
             for parameter in module.parameters(recurse=False):
                 if weight is parameter:
-                    return Held(weight, (parameter,), _place(parameter), partial(_copy, parameter), plain=True)
+                    return Held(weight, (parameter,), _place(parameter), partial(_copy, parameter), plain=True, is_view=True)
                 if _is_view(weight, parameter):
-                    return Held(weight, (parameter,), _place(weight), partial(_copy, weight.detach()))
+                    return Held(weight, (parameter,), _place(weight), partial(_copy, weight.detach()), is_view=True)
             for name, made in getattr(module, "parametrizations", {}).items():
                 whole = getattr(module, name)
                 if weight is whole or _is_view(weight, whole):
@@ -251,12 +253,31 @@ def _is_view(weight: Tensor, whole: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have entries at the same place of the same memory."""
-    memory = _memory(a)
-    if memory is None or memory != _memory(b):
-        return a is b
+    if memory_of(a) != memory_of(b):
+        return False
+    if _memory(a) is None:
+        return True
+    (start, end), (other_start, other_end) = _bytes(a), _bytes(b)
+    if end <= other_start or other_end <= start:
+        return False
+    if a.dtype != b.dtype:
+        return True
     marks = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
     marks.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
     return bool(marks.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+
+
+def memory_of(tensor: Tensor) -> tuple[str, int]:
+    """Which memory a tensor lies in: what does not lie in the same does not overlap."""
+    memory = _memory(tensor)
+    return ("tensor", id(tensor)) if memory is None else ("memory", memory)
+
+
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    """From where to where a tensor reaches in its memory."""
+    start, size = tensor.storage_offset(), tensor.element_size()
+    reach = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return start * size, (start + reach + 1) * size if tensor.numel() else start * size
 
 
 def pruning_mask(layer: nn.Module) -> Tensor | None:

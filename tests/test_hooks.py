@@ -483,7 +483,7 @@ def test_parametrized_layers(wrap) -> None:
         optimizer.step()
         assert max(norms(model).values()) <= 0.5 * (1 + 1e-5)
     else:
-        with pytest.raises(ValueError, match=r"^0: the parametrization _SpectralNorm did not take.*exclude"):
+        with pytest.raises(ValueError, match=r"^layer 0, after step 0: the parametrization _SpectralNorm did not take.*exclude"):
             sh.SpectralClip(0.1).attach(model, optimizer)
     assert list(model.state_dict()) == keys
 

@@ -312,8 +312,9 @@ class SpectralClip:
         """Whether this is to be projected now: in training not if it is frozen."""
         if not self.training:
             return True
-        leaves = item.parameters(recurse=False) if isinstance(item, nn.Module) else item.leaves()
-        return any(leaf.requires_grad for leaf in leaves)
+        if isinstance(item, nn.Module):
+            return any(p.requires_grad for p in item.parameters(recurse=False))
+        return item.trains()
 
     def _gathered(self, target: Target | LoraTarget) -> list[LinearOperator]:
         """The target's operators, with whole weights: a sharded one is gathered from all processes."""
