@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,7 @@ class SpectralClip:
 
     Attributes:
         skipped: for each layer with weights that is not constrained, why.
-        step: optimizer steps seen, of all optimizers together.
+        step: optimizer steps seen, of all optimizers together; those within one backward pass are one.
         bound: `max_norm` as it is now.
         clipped: how many weights the last projection changed.
         largest_norm: the largest norm of all selected layers before the last projection, to 1 %; None unless `record`.
@@ -169,14 +169,24 @@ class SpectralClip:
     def attach(self, model: nn.Module, optimizer: Any) -> Handle:
         """Project now, and after every step of the optimizer, or of each of several.
 
+        Give the optimizer that the loop steps. It may be wrapped around another (SAM, Lookahead, ZeRO, Opacus, Accelerate): the
+        weights are inside after the last write, and slow weights too. Of a schedule-free optimizer the fast iterate and the
+        average are projected, so that the weights are inside where it trains and, after `optimizer.eval()`, where it evaluates.
+        Optimizers that step in the backward pass act at its end. A copy or pickle of an optimizer does not call the hook.
+
         Attaching again to the same model adds optimizers that are new and returns the same handle.
 
         Returns:
             A handle: `handle.remove()`, or use it as a context manager.
 
         Raises:
-            ValueError: this hook is attached to another model.
+            ValueError: this hook is attached to another model; the optimizer steps none of this model's parameters, or copies of
+                them (master weights).
             TypeError: `model` or `optimizer` is none.
+            NotImplementedError: DeepSpeed, the old FSDP, an optimizer with `eval()` whose average cannot be told.
+
+        Warns:
+            UserWarning: the optimizer steps none of the selected weights.
         """
         if self._handle is not None and self._handle.attached:
             if self._handle.model is not model:
@@ -299,7 +309,7 @@ class SpectralClip:
             for each, value in zip(averages, values, strict=True):
                 each.parameter.copy_(value)
             with self._known_of(which):
-                self._project_weights(targets, normalizations, slack)
+                self._project_weights(targets, normalizations, slack, follow=False)
             clipped = max(clipped, self.clipped)
             return [each.parameter.clone() for each in averages] if self.clipped else values
 
@@ -333,7 +343,10 @@ class SpectralClip:
         finally:
             self._known = known
 
-    def _project_weights(self, targets: list[Target | LoraTarget], normalizations: list[nn.Module], slack: float) -> None:
+    def _project_weights(
+        self, targets: list[Target | LoraTarget], normalizations: list[nn.Module], slack: float, *, follow: bool = True
+    ) -> None:
+        """Project what stands in the place of the weights; copies of it `follow`."""
         results: Iterable[Any]
         if self.distribute:
             # only an owner knows its weights, so none can be left out beforehand
@@ -348,7 +361,7 @@ class SpectralClip:
         for target, new in changed:
             try:
                 undo += [remember(layer) for layer in target.parametrized()]
-                with self._copies_follow(target):
+                with self._copies_follow(target) if follow else nullcontext():
                     target.write_(new)
             except ValueError as error:
                 for restore_ in reversed(undo):  # parts of one weight share its parametrization
