@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import pickle
 import warnings
 from collections import defaultdict
@@ -96,11 +97,8 @@ class Late(SAM):
             p.add_(self.state[p]["up"], alpha=20)
 
 
-@pytest.mark.parametrize("closure", [False, True])
-@pytest.mark.parametrize("make", [SAM, Late])
+@pytest.mark.parametrize(("make", "closure"), [(SAM, False), (SAM, True), (Late, True)])
 def test_sharpness_aware(make: type[SAM], closure: bool) -> None:
-    if make is Late and not closure:
-        pytest.skip("what it writes outside of any step cannot be seen")
     model = network()
     optimizer = make(model.parameters(), SGD, lr=2.0)
     clip = sh.SpectralClip(1.0)
@@ -480,7 +478,7 @@ def test_averages_that_cannot_be_told_are_refused() -> None:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-# -- steps that are none, and steps in the backward pass --------------------------------------------------------------------------
+# -- steps that are none, and steps in the backward pass ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, of_timm], ids=["plain", "lookahead"])
@@ -637,6 +635,40 @@ def test_a_warning_where_no_selected_weight_is_stepped() -> None:
         warnings.simplefilter("error")
         hook.attach(model, SGD(model[4:].parameters(), lr=1.0))
         sh.SpectralClip(1.0).attach(model, SGD(model[:1].parameters(), lr=1.0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_where_weights_moved_and_no_step_was_seen() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    duplicate = copy.copy(optimizer)  # shares the parameters, not the hooks
+    hook = sh.SpectralClip(1.0)
+    with hook.attach(model, optimizer):
+        hook.project()
+    backward(model, 0)
+    handle = hook.attach(model, optimizer)
+    duplicate.step()
+    with pytest.warns(UserWarning, match=r"no step of the optimizer \(SGD\) was seen"):
+        handle.remove()
+    handle.remove()
+    with hook.attach(model, optimizer):
+        optimizer.step()
+        duplicate.step()
+
+
+def test_a_bar_for_projections_that_take_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("tqdm")
+    from spectral_hooks.hooks import progress
+
+    logger, items = logging.getLogger("spectral_hooks"), [3, 1, 2]
+    for delay, level, bar in ((1e6, logging.NOTSET, False), (0, logging.NOTSET, True), (0, logging.ERROR, False)):
+        monkeypatch.setattr(progress, "_DELAY", delay)
+        monkeypatch.setattr(logger, "level", level)
+        logger.manager._clear_cache()
+        assert list(progress.shown(items, "projecting weights")) == items
+        assert ("projecting weights" in capsys.readouterr().err) == bar
+    monkeypatch.setattr(progress, "tqdm", None)
+    assert progress.shown(items, "projecting weights") is items
 
 
 def test_removed_handles_leave_nothing_on_the_optimizer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial, wraps
 from types import MethodType, TracebackType
@@ -52,6 +53,8 @@ class Handle:
         # optimizers that stepped in a backward pass which has not ended, and the number of that pass
         self._stepped: list[Tensor] = []
         self._backward = -1
+        # how often parameters had been written when the hook had started, until a step is seen
+        self._versions: list[int] | None = None
 
     @property
     def attached(self) -> bool:
@@ -82,8 +85,20 @@ class Handle:
         if id(optimizer) not in self._installed:
             self._installed[id(optimizer)] = _Installed(self, optimizer)
 
+    def started(self) -> None:
+        """From now on a weight that changes without a step is worth a warning."""
+        self._versions = [p._version for p in self.model.parameters()]
+
     def remove(self) -> None:
         """Stop acting. The weights stay as they are."""
+        if self.attached and self._versions not in (None, [p._version for p in self.model.parameters()]):
+            names = ", ".join(dict.fromkeys(type(each.levels[0]).__name__ for each in self._installed.values()))
+            warnings.warn(
+                f"the weights have changed, but no step of the optimizer ({names}) was seen, so they were not projected: attach "
+                "the object whose `step` the loop calls; a copy of an optimizer does not call hooks.",
+                stacklevel=2,
+            )
+        self._versions = None
         for each in self._installed.values():
             each.remove()
         self._installed.clear()
@@ -91,6 +106,7 @@ class Handle:
 
     def stepped(self, parameters: list[Tensor]) -> None:
         """An optimizer has stepped these; if within a backward pass, wait for its end: the graph may need the other weights."""
+        self._versions = None
         now = torch._C._current_graph_task_id()
         if now == -1:
             self.hook.after_step()
@@ -285,8 +301,8 @@ def attach(hook: Hook, model: nn.Module, optimizer: Any, handle: Handle | None =
     Raises:
         TypeError: `model` is no module or `optimizer` no optimizer.
         ValueError: the optimizer steps none of the model's parameters, or copies of them.
-        NotImplementedError: DeepSpeed and the old FSDP, which train on flattened copies; an optimizer that evaluates an average of
-            the weights which cannot be told from what it keeps.
+        NotImplementedError: DeepSpeed and the old FSDP, which train on flattened copies; an optimizer that evaluates an average
+            of the weights which cannot be told from what it keeps.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module; got {type(model).__name__}.")
@@ -312,6 +328,7 @@ def attach(hook: Hook, model: nn.Module, optimizer: Any, handle: Handle | None =
         except BaseException:
             handle.remove()
             raise
+        handle.started()
     return handle
 
 
@@ -364,7 +381,7 @@ def _check_parameters(model: nn.Module, optimizers: list[Any], handle: Handle | 
         raise ValueError(
             f"`optimizer` ({names}) steps none of the parameters of `model` ({type(model).__name__}): give the optimizer of this "
             "model, made of its own parameters. One that trains on copies of them (master weights in float32, flattened or "
-            "partitioned ones) writes over what is projected; train with autocast, DistributedDataParallel or fully_shard instead."
+            "partitioned ones) writes over what is projected: train with autocast, DistributedDataParallel or fully_shard."
         )
     elsewhere = {id(p) for p in handle.parameters} if handle is not None else set()
     masters = {tuple(p.shape) for key, p in held.items() if key not in own and p.dtype == torch.float32}
