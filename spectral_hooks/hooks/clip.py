@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from ..spectrum import check_finite, spectral_norm
 from ..targets import LoraTarget, Target
 from ..weights import clipped_gain, full, remember, write_gain_
 from .attach import Handle, attach
+from .averages import Average, averaged, interpolated
+from .progress import shown
 from .share import shared
 from .watch import Known, keep_inside, still_inside
 
@@ -76,7 +78,7 @@ class SpectralClip:
     Attributes:
         skipped: for each layer with weights that is not constrained, why; `report()` is that as a text.
         training: whether frozen weights are left as they are. `attach` sets it, and so do the callbacks for frameworks.
-        step: optimizer steps seen, of all optimizers together.
+        step: optimizer steps seen, of all optimizers together; those within one backward pass are one.
         bound: `max_norm` as it is now.
         clipped: how many weights the last projection changed.
         largest_norm: the largest norm of all selected layers before the last projection, to 1 %; None unless `record`.
@@ -146,6 +148,11 @@ class SpectralClip:
         self._selection = Selection()
         self._normalizations: dict[str, nn.Module] = {}
         self._known: dict[str, Known] = {}
+        # the same of what optimizers keep apart from the weights: their average "x" and their fast iterate "z"
+        self._iterates: dict[str, dict[str, Known]] = {}
+        # what was stepped in the present update, by backward passes; and when each weight was last projected
+        self._round: set[int] = set()
+        self._projected_at: dict[str, int] = {}
         self._handle: Handle | None = None
 
     def __repr__(self) -> str:
@@ -160,7 +167,8 @@ class SpectralClip:
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles carry the settings, not the model that the original works on
-        return {**self.__dict__, "_selection": Selection(), "_normalizations": {}, "_known": {}, "_handle": None}
+        progress: dict[str, Any] = {"_known": {}, "_iterates": {}, "_round": set(), "_projected_at": {}}
+        return {**self.__dict__, **progress, "_selection": Selection(), "_normalizations": {}, "_handle": None}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -194,21 +202,40 @@ class SpectralClip:
     def attach(self, model: nn.Module, optimizer: Any) -> Handle:
         """Project now, and after every step of the optimizer, or of each of several.
 
+        Give the optimizer that the loop steps. It may be wrapped around another (SAM, Lookahead, ZeRO, Opacus, Accelerate): the
+        weights are inside after the last write, and slow weights too. Of a schedule-free optimizer the fast iterate and the
+        average are projected, so that the weights are inside where it trains and, after `optimizer.eval()`, where it evaluates.
+        Optimizers that step in the backward pass act at its end. A copy or pickle of an optimizer does not call the hook.
+
         Attaching again to the same model adds optimizers that are new and returns the same handle.
 
         Returns:
             A handle: `handle.remove()`, or use it as a context manager.
 
         Raises:
-            ValueError: this hook is attached to another model.
+            ValueError: this hook is attached to another model; the optimizer steps none of this model's parameters, or copies of
+                them (master weights).
             TypeError: `model` or `optimizer` is none.
+            NotImplementedError: DeepSpeed, the old FSDP, an optimizer with `eval()` whose average cannot be told.
+
+        Warns:
+            UserWarning: the optimizer steps none of the selected weights.
         """
         if self._handle is not None and self._handle.attached:
             if self._handle.model is not model:
                 raise ValueError("this SpectralClip is attached to another model: make a new one, or remove() its handle first.")
             return attach(self, model, optimizer, self._handle)
         self.training = True
-        self._handle = attach(self, model, optimizer)
+        self._handle = Handle(self, model)  # by now, for the first projection meets what the optimizers keep
+        attach(self, model, optimizer, self._handle)
+        stepped = {id(p) for p in self._handle.parameters}
+        targets = self._selection.targets
+        if not any(id(p) in stepped for target in targets for p in _parameters(target)):
+            warnings.warn(
+                f"none of the {len(targets)} selected weights ({targets[0].name}, ...) is stepped by this optimizer: they are "
+                "projected now, and whenever it steps. Attach the optimizer that trains them too.",
+                stacklevel=2,
+            )
         return self._handle
 
     def start(self, model: nn.Module) -> None:
@@ -220,7 +247,8 @@ class SpectralClip:
         self._normalizations = self._chosen_normalizations(model)
         self._warn_of_free_weights()
         if not self._resumed:
-            self._known = {}
+            self._known, self._iterates = {}, {}
+        self._round, self._projected_at = set(), dict.fromkeys((target.name for target in self._selection.targets), self.step)
         if not self._resumed or self.step % self.every == 0:
             self.project()
         self._resumed = False
@@ -228,9 +256,36 @@ class SpectralClip:
     def before_step(self) -> None:
         """Nothing to do before a step."""
 
-    def after_step(self) -> None:
-        """Count the step and project when it is due."""
-        self.step += 1
+    def after_step(self, stepped: Collection[Tensor] | None = None) -> None:
+        """Count the step and project when it is due.
+
+        Args:
+            stepped: for optimizers that step in the backward pass, what they have stepped: nothing else is written. They count as
+                one step until one of these parameters is stepped again; every weight is projected once in `every` of them.
+        """
+        if stepped is None:
+            self.step, self._round = self.step + 1, set()
+            if self.step % self.every == 0:
+                self._project_all(self.slack)
+            return
+        moved = {id(p) for p in stepped}
+        if not self._round or self._round & moved:
+            self.step, self._round = self.step + 1, set()
+        self._round |= moved
+        due = [
+            target
+            for target in self._selection.targets
+            if self.step // self.every > self._projected_at.get(target.name, 0) // self.every
+            and any(id(p) in moved for p in _parameters(target))
+        ]
+        if due:
+            normalizations = {
+                name: layer for name, layer in self._normalizations.items() if any(id(p) in moved for p in layer.parameters())
+            }
+            self._project_all(self.slack, due, normalizations)
+
+    def rewritten(self) -> None:
+        """Project again where the last step was due: something was written after it."""
         if self.step % self.every == 0:
             self._project_all(self.slack)
 
@@ -239,12 +294,16 @@ class SpectralClip:
 
         Without `known`, which holds tensors, it goes on within `slack` of that.
         """
-        return {"step": self.step, "known": {name: tuple(known) for name, known in self._known.items()}}
+        state: dict[str, Any] = {"step": self.step, "known": _plain(self._known)}
+        if self._iterates:
+            state["iterates"] = {which: _plain(known) for which, known in self._iterates.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; call it before the hook is attached."""
         self.step = state["step"]
-        self._known = {name: Known(*known) for name, known in state.get("known", {}).items()}
+        self._known = _knowledge(state.get("known", {}))
+        self._iterates = {which: _knowledge(known) for which, known in state.get("iterates", {}).items()}
         self._resumed = True
 
     def project(self) -> None:
@@ -252,12 +311,83 @@ class SpectralClip:
         self._project_all(slack=0)
 
     @torch.no_grad()
-    def _project_all(self, slack: float) -> None:
+    def _project_all(
+        self, slack: float, targets: list[Target | LoraTarget] | None = None, normalizations: dict[str, nn.Module] | None = None
+    ) -> None:
+        """Project these, or all; first what optimizers keep of them elsewhere."""
         # looked at anew each time: layers may be frozen and thawed
-        targets = [target for target in self._selection.targets if self._is_acted_on(target)]
+        targets = [target for target in targets or self._selection.targets if self._is_acted_on(target)]
+        normalizations = self._normalizations if normalizations is None else normalizations
         if self.record:
             operators = (op for target in targets for op in self._gathered(target))
             self.largest_norm = max((float(spectral_norm(op, rtol=1e-2)) for op in operators), default=None)
+        averages = [] if self._handle is None else self._handle.averages
+        clipped = self._project_iterates(averages, targets, normalizations, slack) if averages else 0
+        with self._known_of("x" if self._handle is not None and self._handle.evaluates else None):
+            self._project_weights(targets, normalizations, slack)
+        self.clipped = max(self.clipped, clipped)
+        self._projected_at.update(dict.fromkeys((target.name for target in targets), self.step))
+
+    def _project_iterates(
+        self,
+        averages: list[Average],
+        targets: list[Target | LoraTarget],
+        normalizations: dict[str, nn.Module],
+        slack: float,
+    ) -> int:
+        """Project averages and fast iterates, each in the place of the weights; then set these between them.
+
+        Three times the work of other optimizers, and for the while four copies of the weights. Nothing has changed if it fails.
+        """
+        chosen = {id(p) for target in targets for p in _parameters(target)}
+        chosen |= {id(p) for layer in normalizations.values() for p in layer.parameters()}
+        averages = [each for each in averages if id(each.parameter) in chosen]
+        before = [each.parameter.clone() for each in averages]
+        clipped = 0
+
+        def projected(which: str, values: list[Tensor]) -> list[Tensor]:
+            nonlocal clipped
+            for each, value in zip(averages, values, strict=True):
+                each.parameter.copy_(value)
+            with self._known_of(which):
+                self._project_weights(targets, normalizations, slack, follow=False)
+            clipped = max(clipped, self.clipped)
+            return [each.parameter.clone() for each in averages] if self.clipped else values
+
+        means, fasts = [averaged(each) for each in averages], [each.fast.to(each.parameter) for each in averages]
+        try:
+            new_means, new_fasts = projected("x", means), projected("z", fasts)
+        finally:
+            for each, value in zip(averages, before, strict=True):
+                each.parameter.copy_(value)
+        if clipped:
+            for i, each in enumerate(averages):
+                same = (new_means[i] == means[i]) & (new_fasts[i] == fasts[i])
+                kept = [] if self._handle is None else self._handle.copies(each.parameter)
+                each.parameter.copy_(torch.where(same, before[i], interpolated(each, new_means[i], new_fasts[i])))
+                each.fast.copy_(new_fasts[i])
+                if each.mean is not None:
+                    each.mean.copy_(new_means[i])
+                for copy in kept:
+                    copy.copy_(each.parameter)
+        return clipped
+
+    @contextmanager
+    def _known_of(self, which: str | None) -> Iterator[None]:
+        """While something else stands in the place of the weights, what is known is of that."""
+        if which is None:
+            yield
+            return
+        known, self._known = self._known, self._iterates.setdefault(which, {})
+        try:
+            yield
+        finally:
+            self._known = known
+
+    def _project_weights(
+        self, targets: list[Target | LoraTarget], normalizations: dict[str, nn.Module], slack: float, *, follow: bool = True
+    ) -> None:
+        """Project what stands in the place of the weights; copies of it `follow`."""
         results: Iterable[Any]
         if self.distribute:
             # only an owner knows its weights, so none can be left out beforehand
@@ -266,7 +396,7 @@ class SpectralClip:
             targets = self._in_doubt(targets)
             results = self._projected_together(targets, slack)
         changed = [(target, new) for target, new in zip(targets, results, strict=True) if new is not None]
-        gains = self._clipped_gains()
+        gains = self._clipped_gains(normalizations)
         # only weights that are set through an inverse map can refuse: they go first, and all go back if one does
         jobs = sorted(((target, new, target.may_refuse()) for target, new in changed), key=lambda job: not job[2])
         undo: list[Callable[[], None]] = []
@@ -274,9 +404,10 @@ class SpectralClip:
             with self._named(target.name):
                 try:
                     undo += [remember(layer) for layer in refusing]
-                    target.write_(new)
-                    if refusing and isinstance(target, Target):
-                        self._make_room_for_rounding(target, new)
+                    with self._copies_follow(target) if follow else nullcontext():
+                        target.write_(new)
+                        if refusing and isinstance(target, Target):
+                            self._make_room_for_rounding(target, new)
                 except ValueError:
                     for restore_ in reversed(undo):  # parts of one weight share its parametrization
                         restore_()
@@ -298,10 +429,10 @@ class SpectralClip:
             target.write_(weight)
         raise ValueError(f"the layer rounds what it is given to a norm of {norm:.7g}; exclude it, or keep it in float32.")
 
-    def _clipped_gains(self) -> list[tuple[nn.Module, Tensor]]:
+    def _clipped_gains(self, normalizations: dict[str, nn.Module]) -> list[tuple[nn.Module, Tensor]]:
         """The normalizations whose gains are outside, with those that are inside."""
         clipped = []
-        for name, layer in self._normalizations.items():
+        for name, layer in normalizations.items():
             if self._is_acted_on(layer):
                 with self._named(name):
                     gamma = clipped_gain(layer, self.bound)
@@ -315,6 +446,14 @@ class SpectralClip:
         if isinstance(item, nn.Module):
             return any(p.requires_grad for p in item.parameters(recurse=False))
         return item.trains()
+
+    @contextmanager
+    def _copies_follow(self, target: Target | LoraTarget) -> Iterator[None]:
+        """What an optimizer keeps that equals a parameter, and will write back, gets what the parameter gets."""
+        kept = [] if self._handle is None else [(p, copy) for p in _parameters(target) for copy in self._handle.copies(p)]
+        yield
+        for parameter, copy in kept:
+            copy.copy_(parameter)
 
     def _gathered(self, target: Target | LoraTarget) -> list[LinearOperator]:
         """The target's operators, with whole weights: a sharded one is gathered from all processes."""
@@ -331,7 +470,10 @@ class SpectralClip:
                 check_finite(operators[i][0].weight)
         kept = self._kept([targets[i].name for i in together], [operators[i][0] for i in together], slack)
         results = dict(zip(together, kept, strict=True))
-        return [results[i] if i in results else self._projected(target, operators[i], slack) for i, target in enumerate(targets)]
+        return [
+            results[i] if i in results else self._projected(target, operators[i], slack)
+            for i, target in enumerate(shown(targets, "projecting weights"))
+        ]
 
     def _projected(self, target: Target | LoraTarget, operators: list[LinearOperator], slack: float) -> Any:
         """What to write so that the target is inside the ball, or None if it is there already."""
@@ -440,6 +582,19 @@ class SpectralClip:
             UserWarning,
             stacklevel=5 if self.training else 3,  # whoever calls `attach` or `start`
         )
+
+
+def _parameters(target: Target | LoraTarget) -> list[Tensor]:
+    """All parameters of the layers that use a weight."""
+    return list({id(p): p for layer in target.layers for p in layer.parameters()}.values())
+
+
+def _plain(known: dict[str, Known]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(now) for name, now in known.items()}
+
+
+def _knowledge(state: dict[str, Any]) -> dict[str, Known]:
+    return {name: Known(*now) for name, now in state.items()}
 
 
 def _shown(patterns: Any) -> str:
