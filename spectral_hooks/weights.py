@@ -275,9 +275,9 @@ def memory_of(tensor: Tensor) -> tuple[str, int]:
 
 def _bytes(tensor: Tensor) -> tuple[int, int]:
     """From where to where a tensor reaches in its memory."""
-    start, size = tensor.storage_offset(), tensor.element_size()
-    reach = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return start * size, (start + reach + 1) * size if tensor.numel() else start * size
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    reach = sum(int(stride) * (int(n) - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return int(start * size), int((start + reach + 1) * size if tensor.numel() else start * size)
 
 
 def pruning_mask(layer: nn.Module) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from spectral_hooks import ConvOperator, DenseOperator, SpectralClip, as_operator, spectral_norm
+from spectral_hooks import ConvOperator, DenseOperator, SpectralClip, as_operator, projections, spectral_norm
 from spectral_hooks.weights import clipped_gain, full, leaves, write_
 
 
@@ -303,14 +303,16 @@ def test_what_comes_back_rounded_from_an_inverse_map_obeys(make, dtype: torch.dt
     layer = parametrizations.weight_norm(make()).to(dtype)
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(4)
+    unrounded = float(spectral_norm(as_operator(layer).with_weight(projections.clip(as_operator(layer), 1.0)), rtol=1e-6))
     SpectralClip(1.0).start(layer)
     weight = layer.weight.detach().double()
     op = DenseOperator(weight) if weight.ndim == 2 else ConvOperator(weight)
     # the lattice norm by a fine grid, from below
     taps = torch.fft.fft2(weight, s=(48, 48)).permute(2, 3, 0, 1) if weight.ndim == 4 else weight
     assert float(torch.linalg.matrix_norm(taps, 2).max()) <= 1 + 1e-6
-    assert float(spectral_norm(op)) <= 1 + 1e-6
-    assert float(spectral_norm(op)) >= 0.9
+    assert float(spectral_norm(op, rtol=1e-6)) <= 1 + 2e-6
+    # as near as the dtype allows
+    assert float(spectral_norm(op)) >= (0.95 if dtype in (torch.bfloat16, torch.float16) else 1 - 1e-5) * unrounded
 
 
 def test_a_registered_attention_is_bounded_whole() -> None:
