@@ -371,18 +371,12 @@ def _check_averages(optimizer: Any) -> None:
 
 
 def _check_parameters(model: nn.Module, optimizers: list[Any], handle: Handle | None) -> None:
-    """That the optimizers step the model itself, neither another one nor copies."""
+    """That the optimizers step the model itself, not float32 copies that they write back over it."""
     levels = [level for each in optimizers for level in _levels(each)]
     bottom = [level for level in levels if not _inside(level)]
     held = {id(p): p for level in bottom for group in getattr(level, "param_groups", []) for p in group["params"]}
-    own = {id(p): p for p in model.parameters()}
+    own = {id(p) for p in model.parameters()}
     names = ", ".join(dict.fromkeys(type(each).__name__ for each in optimizers))
-    if not held.keys() & own.keys():
-        raise ValueError(
-            f"`optimizer` ({names}) steps none of the parameters of `model` ({type(model).__name__}): give the optimizer of this "
-            "model, made of its own parameters. One that trains on copies of them (master weights in float32, flattened or "
-            "partitioned ones) writes over what is projected: train with autocast, DistributedDataParallel or fully_shard."
-        )
     elsewhere = {id(p) for p in handle.parameters} if handle is not None else set()
     masters = {tuple(p.shape) for key, p in held.items() if key not in own and p.dtype == torch.float32}
     for name, p in model.named_parameters():

@@ -216,8 +216,7 @@ class SpectralClip:
             A handle: `handle.remove()`, or use it as a context manager.
 
         Raises:
-            ValueError: this hook is attached to another model; the optimizer steps none of this model's parameters, or copies of
-                them (master weights).
+            ValueError: this hook is attached to another model; the optimizer steps float32 copies of this model's weights.
             TypeError: `model` or `optimizer` is none.
             NotImplementedError: DeepSpeed, the old FSDP, an optimizer with `eval()` whose average cannot be told.
 
@@ -236,7 +235,8 @@ class SpectralClip:
         if not any(id(p) in stepped for target in targets for p in _parameters(target)):
             warnings.warn(
                 f"none of the {len(targets)} selected weights ({targets[0].name}, ...) is stepped by this optimizer: they are "
-                "projected now, and whenever it steps. Attach the optimizer that trains them too.",
+                "projected now, and whenever it steps. Attach the optimizer that trains them, made of this model's own "
+                "parameters; one that trains on flattened or partitioned copies writes over what is projected.",
                 stacklevel=2,
             )
         return self._handle
