@@ -23,6 +23,7 @@ from .krylov import matrix_norm, with_gradient
 from .lattice import grid_norm, normalized
 from .operators.base import LinearOperator, float32_is_kept, full_precision
 from .operators.symbols import half_plane, symbol
+from .single_row import grid_maxima
 
 #: A bound: operator → 0-d tensor.
 Bound = Callable[[LinearOperator], Tensor]
@@ -272,7 +273,7 @@ def frobenius_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
         0-d tensor in the dtype of the weight, at least float32. Upper bound, at most `√rank` times the factor above the norm,
         differentiable everywhere but at ties between frequencies.
 
-    Cost: `O(c² k^2d + N^d k^2d)`: no matrix of channels is decomposed or even formed.
+    Cost: `O(c² k^2d + N^d k^(d + 1))`: no matrix of channels is decomposed, and no symbol formed.
 
     Raises:
         ValueError: `oversampling` is no number above 1, or NaN or infinity in the weight.
@@ -288,7 +289,7 @@ def frobenius_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
 
     def formula(kernel: Tensor) -> Tensor:
         sizes, factor = _sampling(op, kernel, oversampling)
-        return _largest(kernel, sizes, _frobenius) * factor
+        return _largest_frobenius(kernel, sizes) * factor
 
     return _certified(op, formula)
 
@@ -418,17 +419,25 @@ def _sampling(op: LinearOperator, kernel: Tensor, oversampling: float, own_grid:
     return tuple(sizes), factor
 
 
-def _largest(kernel: Tensor, sizes: tuple[int, ...], values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The maximum over groups and a frequency grid of `values(kernel, theta)`, `(n, groups)`; differentiated at the winner."""
-    theta, _ = half_plane(sizes, kernel)
-    chunk = max(_CHUNK_BYTES // (64 * max(prod(kernel.shape[:3]), kernel[0, 0, 0].numel())), 1)
-    with torch.no_grad():
-        found = torch.cat([values(kernel, part) for part in theta.split(chunk)])
-    top = int(found.argmax())
-    where, group = divmod(top, found.shape[1])
+def _largest_frobenius(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The maximum of `‖F(θ)‖_F` over groups and a frequency grid; differentiated at the winner.
+
+    The entries of the symbol are polynomials whose squares add up, as do those of any others with the same `KᵀK` of entries ×
+    taps: of its triangular factor there are no more than taps.
+    """
+    if not sizes:
+        return torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()
+    taps = prod(kernel.shape[3:])
+    flat = kernel.detach().reshape(len(kernel), -1, taps)
+    room = 1 + 4 * _EPS * flat.shape[1] * taps**1.5
+    if flat.shape[1] > taps:
+        flat = torch.linalg.qr(flat, mode="r").R
+    found = grid_maxima(flat.reshape(len(kernel), 1, -1, *kernel.shape[3:]), sizes)
+    group = int(found.upper.argmax())
+    norm = found.upper[group] * room
     if not kernel.requires_grad:
-        return found[where, group]
-    return with_gradient(found[where, group], values(kernel[group : group + 1], theta[where : where + 1])[0, 0])
+        return norm
+    return with_gradient(norm, torch.linalg.vector_norm(symbol(kernel[group : group + 1], found.theta[group : group + 1])))
 
 
 def _largest_iterated(kernel: Tensor, sizes: tuple[int, ...], steps: int) -> Tensor:
@@ -437,10 +446,12 @@ def _largest_iterated(kernel: Tensor, sizes: tuple[int, ...], steps: int) -> Ten
     A value falls with every squaring. So what is, in float32 and with room for its rounding, below a final value drops out, and
     of the rest the final values are computed in float64.
     """
+    if sizes and min(kernel.shape[1:3]) == 1:  # of rank one: nothing is left to be squared away
+        return _largest_frobenius(kernel, sizes)
     theta, _ = half_plane(sizes, kernel)
     best, where, group = kernel.new_tensor(-1.0), 0, 0
     with torch.no_grad():
-        count = max(_CHUNK_BYTES // (64 * prod(kernel.shape[:3])), 1)
+        count = max(_CHUNK_BYTES // (64 * prod(kernel.shape[:3]) + 40 * prod(kernel.shape[3:])), 1)
         for start in range(0, len(theta), count):
             symbols = symbol(kernel, theta[start : start + count]).flatten(0, 1)
             symbols = symbols if sizes else symbols.real
@@ -679,18 +690,6 @@ def _row_of_power(kernel: Tensor, row: int, steps: int) -> Tensor:
         length = max(float(torch.linalg.vector_norm(x.detach())), 1e-150)
         x, logs = x / length, logs + log(length)
     return ((x.abs().sum().clamp(min=1e-300).log() + logs) / 2**steps).exp()
-
-
-def _frobenius(kernel: Tensor, theta: Tensor) -> Tensor:
-    """`‖F(θ)‖_F` of every group: `‖F‖_F² = e* (KᵀK) e` for the waves `e_t = exp(i t·θ)`, with `KᵀK` of size taps × taps."""
-    taps = kernel.reshape(len(kernel), prod(kernel.shape[1:3]), -1)
-    gram = taps.mT @ taps
-    delta = kernel.new_zeros(gram.shape[-1], 1, 1, *kernel.shape[3:])
-    delta.view(gram.shape[-1], -1).fill_diagonal_(1)
-    waves = symbol(delta, theta).flatten(1)  # (n, taps)
-    squares = sum(((part @ gram) * part).sum(-1) for part in (waves.real, waves.imag))
-    assert isinstance(squares, Tensor)
-    return squares.clamp(min=1e-300).sqrt().T
 
 
 def _norms(matrices: Tensor) -> Tensor:
