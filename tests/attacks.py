@@ -249,7 +249,7 @@ def convolution(
 
 
 def wide_circular(rng: Rng, dtype: torch.dtype) -> tuple[Any, tuple[int, ...]]:
-    """A circular convolution of 8 to 48 channels, many with waves or nearly degenerate pairs, and a size that its strides divide."""
+    """A circular convolution of 8 to 48 channels, with waves or nearly degenerate pairs, and a size that its strides divide."""
     dims = pick(rng, [1, 1, 2])
     channels = int(rng.integers(8, 49)) if dims == 1 else int(rng.integers(8, 33))
     columns = channels if rng.random() < 0.6 else int(rng.integers(8, 49 if dims == 1 else 33))

@@ -260,18 +260,14 @@ def projections_obey_the_bound(rng: Rng) -> Margin:
     """The stored weight of `clip`, `rescale`, `band`, `polar` has norm at most `max_norm`; other finite convolutions to 1e-5."""
     layer, op, norm, lacks, about = _projected(rng)
     max_norm = attacks.level(rng, norm(layer))
-    low = max_norm * pick(rng, [0.0, 1.0, float(rng.uniform())])
-    name, project = pick(
-        rng,
-        [
-            ("clip", partial(sh.projections.clip, rounds=int(rng.integers(1, 6)))),
-            ("rescale", sh.projections.rescale),
-            ("band", partial(sh.projections.band, min_norm=low)),
-            ("polar", sh.projections.polar),
-        ],
-        [0.5, 0.2, 0.2, 0.1],
-    )
-    about = f"{name}({max_norm!r}) of {about}"
+    name = pick(rng, ["clip", "rescale", "band", "polar"], [0.5, 0.2, 0.2, 0.1])
+    options = {"rounds": int(rng.integers(1, 6))} if name == "clip" else {}
+    if name in ("band", "polar") and max_norm > torch.finfo(layer.weight.dtype).max / 1e3:
+        name = "rescale"  # there are no weights with singular values that large
+    if name == "band":
+        options = {"min_norm": max_norm * pick(rng, [0.0, 1.0, float(rng.uniform())])}
+    project = partial(getattr(sh.projections, name), **options)
+    about = f"{name}({max_norm!r}, {options}) of {about}"
     result = _stored_norm(layer, project(op, max_norm), norm)
     return Margin(_over(result, max_norm * (1 + lacks)), f"{about}: {result}")
 
@@ -326,21 +322,17 @@ def clip_of_a_matrix_is_nearest(rng: Rng) -> Margin:
     max_norm = attacks.level(rng, _norm(layer))
     low = pick(rng, [0.0, max_norm, max_norm * float(rng.uniform())])
     about = f"[{low!r}, {max_norm!r}] of {shown(layer)}"
+    info, weight = torch.finfo(dtype), observers.array(layer.weight)
+    norm, least = observers.matrix_norm(weight), observers.singular_values(weight).min()
+    unit = max(max_norm, min(norm, 1e3 * max_norm))
+    if (low and least < 1e-4 * unit) or not info.tiny * 1e4 < max_norm < info.max / 1e4:
+        return Margin(-1.0, f"{about}: directions or results that have no digits")
     op = sh.as_operator(layer)
     result = sh.projections.band(op, max_norm, min_norm=low) if low else sh.projections.clip(op, max_norm)
-    info, weight = torch.finfo(dtype), observers.array(layer.weight)
-    # what was stored before and after, and directions of a band's lower end, are known to a rounding of the dtype
-    unit = max(max_norm, min(observers.matrix_norm(weight), 1e3 * max_norm))
-    least = observers.singular_values(weight).min()
-    if (low and least < 1e-4 * unit) or not info.tiny * 1e4 < max_norm < info.max / 1e4:
-        return Margin(-1.0, about)
     off = observers.matrix_norm(observers.array(result) - observers.clipped_matrix(weight, low, max_norm)) / unit
-    # a part is taken away from the weight, in float64
-    room = (
-        max(info.eps, 1e-6, 1e-14 * observers.matrix_norm(weight) / unit)
-        * sqrt(min(weight.shape))
-        * (4 + (unit / least if low else 0.0))
-    )
+    # what is stored is rounded, and so are the directions of a band's lower end; a part is taken away from the weight, in float64
+    digits = max(info.eps, TOLERANCE, 1e-14 * norm / unit)
+    room = digits * sqrt(min(weight.shape)) * (4 + (unit / least if low else 0.0))
     return Margin(float(off) - room, f"{about}: off by {off}")
 
 
@@ -536,10 +528,9 @@ def banded_stays_in_the_band(rng: Rng) -> Margin:
     layer = sh.parametrizations.banded(layer, low, high)
     about += " " + _set(rng, layer)
     values = observers.singular_values(layer.weight)
-    rounding = torch.finfo(dtype).eps * sqrt(min(layer.weight.shape)) + 1e-6
-    return Margin(
-        max(_over(values.max(), high), (low - values.min()) / high - 4 * rounding), f"{about}: {values.min()} … {values.max()}"
-    )
+    rounding = torch.finfo(dtype).eps * sqrt(min(layer.weight.shape))
+    excess = max(_over(float(values.max()), high), float(low - values.min()) / high)
+    return Margin(excess - rounding, f"{about}: {values.min()} … {values.max()}")
 
 
 def _far_from_one(values: np.ndarray) -> float:
