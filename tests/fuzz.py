@@ -53,7 +53,9 @@ def attempts(names: list[str], minutes: float, start: int, processes: int) -> It
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     until = time.time() + 60 * minutes
-    workers = [context.Process(target=_work, args=(start + i, processes, names, until, results)) for i in range(processes)]
+    workers = [
+        context.Process(target=_work, args=(start + i, processes, names, until, results), daemon=True) for i in range(processes)
+    ]
     for worker in workers:
         worker.start()
     running = processes

@@ -61,7 +61,7 @@ def clipped_matrix(matrix: Tensor | np.ndarray, low: float, high: float) -> np.n
     """The nearest matrix with all singular values in a band: `U clamp(Σ, low, high) Vᵀ`."""
     scaled, exponent = unit_scaled(array(matrix) if isinstance(matrix, Tensor) else matrix)
     u, s, vh = np.linalg.svd(scaled, full_matrices=False)
-    return np.ldexp((u * np.clip(s, ldexp(low, -exponent), ldexp(high, -exponent))) @ vh, exponent)
+    return np.ldexp((u * np.clip(s, *np.ldexp([low, high], -exponent))) @ vh, exponent)
 
 
 def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
