@@ -262,6 +262,17 @@ def wide_circular(rng: Rng, dtype: torch.dtype) -> tuple[Any, tuple[int, ...]]:
     return layer, tuple(s * int(rng.integers(ceil(k / s), largest // s)) for k, s in zip(kernel, stride, strict=True))
 
 
+def circular_pairs(rng: Rng) -> tuple[Any, int]:
+    """A circular convolution of 26 to 48 channels whose singular values cross, and a size whose grid misses the supremum.
+
+    The norms of its symbol are `2 |cos((j θ ± α) / 2)|`: searches may not take the largest of a grid for the supremum.
+    """
+    channels, taps = 2 * int(rng.integers(13, 25)), int(rng.integers(2, 4))
+    layer = nn.Conv1d(channels, channels, taps, padding_mode="circular", bias=False, dtype=torch.float64)
+    layer.weight.data = torch.from_numpy(_rotations(rng, (channels, channels, taps)))
+    return layer, int(rng.integers(16 * (taps - 1), 30 * (taps - 1)))
+
+
 def size(rng: Rng, layer: Any, largest: int = 400) -> tuple[int, ...]:
     """An input size that torch takes, small enough for dense matrices."""
     if isinstance(layer, nn.Linear):

@@ -189,6 +189,16 @@ def exact_norms_are_exact(rng: Rng) -> Margin:
     )
 
 
+def circular_pairs_do_not_fall_below(rng: Rng) -> Margin:
+    """Norms and bounds of circular layers whose singular values cross are not below the norm, and clips obey their bound."""
+    layer, n = attacks.circular_pairs(rng)
+    truth, about = observers.circular_norm(layer, (n,)), f"{shown(layer)} at {n}"
+    op = sh.as_operator(layer).circular(n)
+    below = [_over(truth, float(norm(op))) for norm in (sh.spectral_norm, sh.bounds.cosine_grid, sh.bounds.gram_iteration)]
+    stored = observers.circular_norm(observers.with_weight(layer, sh.projections.clip(op, 0.9 * truth, rounds=1)), (n,))
+    return Margin(max(*below, _over(stored, 0.9 * truth)), f"{about}: norm {truth}, below by {below}, clipped to {stored}")
+
+
 def finite_norm_is_near(rng: Rng) -> Margin:
     """`spectral_norm` of other finite convolutions: from below, to 1e-5."""
     dtype = attacks.dtype(rng)
@@ -697,6 +707,7 @@ PROMISES: tuple[Promise, ...] = (
     absolute_sums_bound_their_norms,
     lattice_norm_is_certified,
     exact_norms_are_exact,
+    circular_pairs_do_not_fall_below,
     finite_norm_is_near,
     singular_values_are_exact,
     projections_obey_the_bound,
