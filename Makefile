@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -22,6 +22,11 @@ bench: $(READY)
 	$(BIN)/python tests/benchmarks/norms.py
 	$(BIN)/python tests/benchmarks/clip.py
 	$(BIN)/python tests/benchmarks/training.py
+
+# attacks every promise: `make fuzz MINUTES=60`
+MINUTES ?= 10
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --minutes $(MINUTES) --processes 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
