@@ -99,8 +99,7 @@ def _clip(op: LinearOperator, max_norm: float, rounds: int) -> Tensor:
         # the norm is no smaller than the peak, so scaling leaves at most this share; and rounding is monotone, so at least this
         # distance, entry by entry
         share = (max_norm / scale / peak.to(kernel) * (1 + (_SINGLE_ERROR if rough else 1e-12))).clamp(max=1)
-        unit = normalized(op.weight.detach())[0]
-        least = _distances(_stored(unit, scale * share, op), op, scale)
+        least = _distances(_stored(normalized(op.weight.detach())[0], scale * share, op.weight), op, scale)
         if bool((moved <= least).all()):
             return clipped
     scaled = rescale(op, max_norm)
@@ -282,7 +281,11 @@ def clipped_decay(op: LinearOperator, max_norm: float = 1.0, *, decay: float = 0
     """
     _check_share("decay", decay)
     clipped = clip(op, max_norm, rounds=rounds)
-    return clipped if clipped is op.weight else torch.lerp(op.weight.detach(), clipped, decay)
+    # neither term overflows, as the difference may
+    if clipped is op.weight:
+        return clipped
+    precise = torch.promote_types(op.weight.dtype, torch.float32)
+    return ((1 - decay) * op.weight.detach().to(precise) + decay * clipped.to(precise)).to(op.weight)
 
 
 @full_precision
@@ -350,7 +353,8 @@ def _changed(op: LinearOperator, max_norm: float, function: Callable[[Tensor, fl
     unit, scale = _mapped(op, max_norm, function)
     if not bool(torch.isfinite(unit).all()):
         raise ValueError(f"the norm is so far above `max_norm` {max_norm} that the result is not finite: use `clip` first.")
-    return _stored(unit, torch.full((len(op.canonical()),), scale, dtype=torch.float64), op)
+    scales = torch.full((len(op.canonical()),), scale, dtype=torch.float64, device=unit.device)
+    return _stored(unit, _fitting(unit, scales, op.weight), op.weight)
 
 
 def _check_share(name: str, value: float) -> None:
@@ -402,13 +406,17 @@ def _distances(weight: Tensor, op: LinearOperator, scale: float) -> Tensor:
     return torch.linalg.vector_norm((weight - original).unflatten(0, (len(op.canonical()), -1)).flatten(1), dim=1)
 
 
-def _stored(unit: Tensor, scales: Tensor, op: LinearOperator) -> Tensor:
-    """`unit` times the scale of each group, in the operator's dtype; a group that would overflow there, scaled down until it fits."""
-    limit = torch.finfo(op.weight.dtype).max
-    groups, scales = unit.unflatten(0, (len(scales), -1)), scales.to(unit.device)
-    fits = (limit / scales / groups.abs().flatten(1).amax(1)).clamp(max=1)  # a zero divides to infinity, or to one
-    dims = groups.ndim - 1
-    return (groups * each(fits, dims) * each(scales, dims)).flatten(0, 1).clamp(-limit, limit).to(op.weight)
+def _fitting(unit: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """The scales of the groups, smaller where `unit` times them would overflow in the dtype of `like`."""
+    largest = unit.unflatten(0, (len(scales), -1)).abs().flatten(1).amax(1)
+    return torch.minimum(scales, torch.finfo(like.dtype).max / largest)  # a zero divides to infinity
+
+
+def _stored(unit: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """`unit` times the scale of each group, which is as by `_fitting`, in the dtype and on the device of `like`."""
+    limit = torch.finfo(like.dtype).max  # a product may round to a little more
+    product = unit.unflatten(0, (len(scales), -1)) * each(scales, unit.ndim)
+    return product.flatten(0, 1).clamp(-limit, limit).to(like)
 
 
 def check_max_norm(max_norm: float) -> float:
@@ -504,11 +512,12 @@ def _settled(op: LinearOperator, unit: Tensor, scale: float, max_norm: float, rt
     scales = torch.full((groups,), scale * power, dtype=torch.float64, device=unit.device)
     if fine and prod(kernel.shape[3:]) == 1 and not measured:
         # a clipped matrix has many equal singular values, which a proof minds less than a measurement
-        stored = _stored(unit, scales * (1 - 4 * info.eps), op)
+        stored = _stored(unit, _fitting(unit, scales * (1 - 4 * info.eps), op.weight), op.weight)
         if bool((lattice_norms(op.with_weight(stored).canonical(), 1e-3, max_norm / op.lattice_factor) < inf).all()):
             return stored, max_norm
     for attempt in range(1, 1000):
-        stored = _stored(unit, scales, op)
+        scales = _fitting(unit, scales, op.weight)
+        stored = _stored(unit, scales, op.weight)
         norms = _norms_above(op.with_weight(stored), rtol=rtol)
         norm = float(norms.amax())
         if norm <= max_norm:
@@ -519,13 +528,13 @@ def _settled(op: LinearOperator, unit: Tensor, scale: float, max_norm: float, rt
         unit = (unit.unflatten(0, (groups, -1)) * each(shares, unit.ndim)).flatten(0, 1)
         scales = torch.where(outside, max_norm, scales)
         parts = unit.unflatten(0, (groups, -1)).flatten(1)
-        # what rounding every entry can add to the norm, relative to the bound: at every frequency as much as in Frobenius norm, by
-        # the root of the number of taps
+        # what rounding every entry can add to the norm, relative to the bound: at any frequency the Frobenius norm of all that is
+        # added, times the root of the number of taps
         lengths = (info.eps + 1e-15) * torch.linalg.vector_norm(parts, dim=1) + spacing * sqrt(parts.shape[1]) / max_norm
         rounding = op.lattice_factor * sqrt(prod(kernel.shape[3:])) * lengths + 1e-12
         if fine and not measured and bool((rounding[outside] <= _LITTLE_ROUNDING).all()):
             scales = torch.where(outside, scales * (1 - rounding), scales)
-            return _stored(unit, scales, op), max_norm
+            return _stored(unit, _fitting(unit, scales, op.weight), op.weight), max_norm
         # among the smallest numbers of the dtype the steps are as coarse as the entries
         grain = (spacing / scales / parts.abs().amax(1)).clamp(min=info.eps)
         margin = (attempt * grain * (4 if fine else 0.25)).clamp(max=0.5)

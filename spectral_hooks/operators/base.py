@@ -149,7 +149,9 @@ def check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"`weight` must be a torch tensor; got {type(weight).__name__}.")
     if weight.is_quantized:
-        raise TypeError(f"`weight` must be a real floating-point tensor; got the quantized {weight.dtype}: use weight.dequantize().")
+        raise TypeError(
+            f"`weight` must be a real floating-point tensor; got the quantized {weight.dtype}: use weight.dequantize()."
+        )
     if not weight.is_floating_point():
         raise TypeError(f"`weight` must be a real floating-point tensor; got {weight.dtype}.")
     if weight.layout != torch.strided:
@@ -159,4 +161,6 @@ def check_weight(weight: Tensor) -> None:
         )
     if weight.dtype.itemsize == 1:
         # in use they come with a scale that is kept elsewhere, so they are not the map that is computed
-        raise NotImplementedError(f"`weight` of {weight.dtype} is not supported: use weight.float(), times its scale if it has one.")
+        raise NotImplementedError(
+            f"`weight` of {weight.dtype} is not supported: use weight.float(), times its scale if it has one."
+        )
