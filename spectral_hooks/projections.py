@@ -284,8 +284,9 @@ def clipped_decay(op: LinearOperator, max_norm: float = 1.0, *, decay: float = 0
     # neither term overflows, as the difference may
     if clipped is op.weight:
         return clipped
-    precise = torch.promote_types(op.weight.dtype, torch.float32)
-    return ((1 - decay) * op.weight.detach().to(precise) + decay * clipped.to(precise)).to(op.weight)
+    precise, limit = torch.promote_types(op.weight.dtype, torch.float32), torch.finfo(op.weight.dtype).max
+    part = (1 - decay) * op.weight.detach().to(precise) + decay * clipped.to(precise)
+    return part.clamp(-limit, limit).to(op.weight)
 
 
 @full_precision
@@ -522,6 +523,10 @@ def _settled(op: LinearOperator, unit: Tensor, scale: float, max_norm: float, rt
         norm = float(norms.amax())
         if norm <= max_norm:
             return stored, norm
+        if not isfinite(norm):
+            raise ValueError(
+                "the norm of `weight` exceeds the largest float64: scale the weight down first; it is left as it is."
+            )
         norms = norms.to(unit.device)
         outside = norms > max_norm
         shares = torch.where(outside, scales / norms, 1.0)
