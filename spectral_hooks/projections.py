@@ -280,7 +280,7 @@ def clipped_decay(op: LinearOperator, max_norm: float = 1.0, *, decay: float = 0
     Example:
         >>> import torch, spectral_hooks as sh
         >>> sh.projections.clipped_decay(sh.DenseOperator(torch.tensor([[3.0]])), decay=0.5)
-        tensor([[2.0000]])
+        tensor([[2.]])
 
     Source: Newhouse et al. (2025).
     """
