@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import frexp, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .lattice import normalized
 from .operators.base import LinearOperator
 from .operators.dense import DenseOperator
 
@@ -41,7 +42,8 @@ def largest(
 
     A basis `V` grows by the residuals `Aᵀu - σv` of its best vectors; the singular values of `A V` approach those of `A`
     from below. The block is wider than `k`, so repeated singular values (every group of a depthwise layer, every position
-    of a 1×1 convolution) are all found.
+    of a 1×1 convolution) are all found. It runs on the weight over a power of two, so that nothing that is squared on the way
+    leaves the range of the dtype, whatever the scale of the weight.
 
     Args:
         op: a finite operator.
@@ -56,7 +58,8 @@ def largest(
         RuntimeError: not converged after `max_restarts`.
     """
     dtype = torch.promote_types(op.weight.dtype, torch.float32)
-    op = op.with_weight(op.weight.detach().to(dtype))
+    weight, scale = normalized(op.weight.detach())
+    op, above = op.with_weight(weight.to(op.weight.device, dtype)), above / scale
     size = prod(op.in_shape)
     generator = generator or torch.Generator().manual_seed(0)
 
@@ -86,7 +89,7 @@ def largest(
                 # off by an angle, a vector has a value off by its square, over the distance to the next; which may be overrated
                 error = torch.minimum(error, 30 * error**2 / (s[0] - s[1]).clamp(min=torch.finfo(dtype).tiny))
             if s[0] == 0 or bool(((error <= tol * s[0]) | (s[:k] + error <= above)).all()) or basis.shape[1] == size:
-                return Triples(s[:k], left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
+                return Triples(s[:k] * scale, left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
             if basis.shape[1] + block > columns:
                 break
             fresh = _orthonormal(residual, basis)[:, : size - basis.shape[1]]
@@ -122,6 +125,8 @@ def matrix_norm(matrix: Tensor) -> Tensor:
 
 def _top_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors `u`, `v` with `u* M v = ‖M‖`, up to rounding."""
+    # the vectors are the same, and the squares of the entries are in range
+    matrix = matrix * 2.0 ** min(-frexp(float(matrix.abs().amax()))[1], 1000)
     if min(matrix.shape) <= _SMALL:
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, 0], right[0].conj()

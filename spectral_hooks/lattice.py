@@ -136,7 +136,7 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
         return LatticeNorm(0.0, 0.0, 0, kernel.new_zeros(taps))
     kernel, axes = trim(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
-    goal = None if target is None else target / scale
+    goal = None if target is None else min(target / scale, 1e300)  # infinite is what is not proven
     if goal is not None and goal >= _at_most(kernel):
         found = LatticeNorm(goal, 0.0, 0, degree)
     elif degree.numel() and min(kernel.shape[1:3]) == 1:
@@ -222,7 +222,7 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
         raise ValueError("`weight` is on the meta device and has no values: materialize the model first.")
     # Apple's GPUs have no float64
     kernel = kernel.to("cpu" if kernel.device.type == "mps" else kernel.device, torch.float64)
-    largest = float(kernel.abs().amax())
+    largest = float(kernel.abs().amax()) if kernel.numel() else 0.0
     if not largest < float("inf"):
         raise ValueError("`weight` contains NaN or infinity: look at the training step before; the weight is left as it is.")
     scale = 2.0 ** floor(log2(largest)) if largest else 1.0

@@ -62,6 +62,8 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     weight = op.weight
     check_finite(weight)
     op = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    if weight.numel() == 0:  # no inputs or no outputs
+        return op.weight.new_zeros(0)
     grid = op.frequency_grid
     if grid is not None:
         return _on_grid(op, grid, count)[:k]
@@ -154,6 +156,8 @@ def _norm(op: LinearOperator, rtol: float) -> Tensor:
     weight = op.weight
     check_finite(weight)
     op = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    if weight.numel() == 0:  # no inputs or no outputs
+        return op.weight.sum()
     grid = op.frequency_grid
     if op.is_finite and grid is None:
         value, left, right = (t[0] for t in largest(op))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -135,9 +136,33 @@ def check_ends_with(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"`{name}` must have shape (*batch, {', '.join(map(str, shape))}); got {tuple(x.shape)}.")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a real number, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether this is an integer, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_weight(weight: Tensor) -> None:
-    """Refuse what is no real floating-point tensor."""
+    """Refuse what is no dense, real floating-point tensor of values that stand for themselves."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"`weight` must be a torch tensor; got {type(weight).__name__}.")
+    if weight.is_quantized:
+        raise TypeError(
+            f"`weight` must be a real floating-point tensor; got the quantized {weight.dtype}: use weight.dequantize()."
+        )
     if not weight.is_floating_point():
         raise TypeError(f"`weight` must be a real floating-point tensor; got {weight.dtype}.")
+    if weight.layout != torch.strided:
+        raise NotImplementedError(
+            f"`weight` must be dense; got the layout {weight.layout}. Use weight.to_dense(), or keep a dense weight and lay "
+            "torch.nn.utils.prune over it."
+        )
+    if weight.dtype.itemsize == 1:
+        # in use they come with a scale that is kept elsewhere, so they are not the map that is computed
+        raise NotImplementedError(
+            f"`weight` of {weight.dtype} is not supported: use weight.float(), times its scale if it has one."
+        )
