@@ -28,6 +28,8 @@ _LARGE, _FEW, _FEW_RESTARTS = 384, 12, 4
 _PRODUCTS_FROM, _ACCURATE = 32, 5e-5
 #: Kernels of more taps go through FFTs, and symbols of up to this size are then measured as they come.
 _FEW_TAPS, _SMALL_SYMBOLS = 100, 16
+#: Levels so far below the norm are reached by a decomposition: the difference of a matrix and its excess would be rounding.
+_CANCELS = 1e-4
 #: Bytes of symbols held at once.
 _CHUNK_BYTES = 1 << 25
 
@@ -46,7 +48,10 @@ def clip_kernel(
         level = max_norm / op.lattice_factor
         matrices = kernel.reshape(kernel.shape[:3])
         excess, peak = _few_over(matrices, level) or excess_over(matrices, level)[::2]
-        return kernel - excess.reshape(kernel.shape), peak
+        if bool((level > peak * _CANCELS).all()):
+            return kernel - excess.reshape(kernel.shape), peak
+        u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+        return (u * sigma.clamp(max=level).unsqueeze(-2) @ vh).reshape(kernel.shape), peak
     sizes, level = _clip_grid(op, kernel, max_norm)
     grid = _FrequencyGrid(sizes, kernel)
     counts, crop = grid.shares, _cropping(op, kernel, grid)

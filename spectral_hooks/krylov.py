@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import frexp, prod
+from math import frexp, inf, prod
 from typing import NamedTuple
 
 import torch
@@ -149,4 +149,5 @@ def _top_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:
     """The `value`, bit for bit, with the gradient of an expression that equals it up to rounding."""
-    return differentiable + (value - differentiable).detach()
+    # where both overflow there is no difference
+    return differentiable + torch.nan_to_num(value - differentiable, nan=0.0, posinf=inf, neginf=-inf).detach()

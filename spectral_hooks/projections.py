@@ -348,8 +348,9 @@ def _mapped(op: LinearOperator, max_norm: float, function: Callable[[Tensor, flo
     kernel, scale = normalized(op.canonical())
     blocks = grid_symbols(op, kernel)
     u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
-    change = (u * (function(s, max_norm / scale) - s).unsqueeze(-2)) @ vh
-    return op.from_canonical(kernel + crop_kernel(op, kernel, change)), scale
+    # not the kernel and a change, which would cancel where the bound is far below the norm
+    mapped = (u * function(s, max_norm / scale).unsqueeze(-2)) @ vh
+    return op.from_canonical(crop_kernel(op, kernel, mapped)), scale
 
 
 def _changed(op: LinearOperator, max_norm: float, function: Callable[[Tensor, float], Tensor]) -> Tensor:
