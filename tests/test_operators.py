@@ -475,9 +475,9 @@ def test_wrong_arguments_are_named(settings: dict, argument: str) -> None:
         sh.ConvOperator(torch.ones(4, 2, 3, 3), **settings)
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (1, 1, 1, 1, 1, 1), (3,), (0, 2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3), (1, 1, 1, 1, 1, 1), (3,), (3, 2, 0), (3, 2, 3, 0)], ids=str)
 def test_wrong_kernel_ranks(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="`weight` must be a non-empty kernel"):
+    with pytest.raises(ValueError, match="`weight` must be a kernel"):
         sh.ConvOperator(torch.ones(shape))
 
 
