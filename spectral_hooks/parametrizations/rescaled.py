@@ -150,7 +150,7 @@ class Rescaled(nn.Module):
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`a`, a power of two, and `b` with `a b = min(1, c / bound(W))`, which itself may have no digits in the weight's dtype."""
-        unit = _unit_scale(weight)
+        unit = unit_scale(weight)
         size, rounding = self._size(_wide(weight) * unit.to(_wide(weight)), weight.dtype)
         level = self.max_norm * unit
         inside = size <= level
@@ -164,7 +164,7 @@ class Rescaled(nn.Module):
 
         The derivative of a norm does not depend on the length, so the norm found outside gives that on the sphere.
         """
-        unit = _unit_scale(weight)
+        unit = unit_scale(weight)
         size, rounding = self._size(At.apply(weight, _wide(weight.detach()) * unit.to(_wide(weight))), weight.dtype)
         found, level = size.detach(), self.max_norm * unit
         # what is not finite stays as it is, for its owner to see
@@ -231,7 +231,7 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _unit_scale(weight: Tensor) -> Tensor:
+def unit_scale(weight: Tensor) -> Tensor:
     """The power of two that takes the largest entry to [1, 2), or as near as it can itself be a number of the dtype."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     largest = torch.linalg.vector_norm(weight.detach(), inf).to(_result_dtype(weight))
