@@ -332,19 +332,8 @@ def unrecorded(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
 
 
 def exported(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """A function of a weight; in an ONNX model, which knows no decompositions, the constant that it is there.
-
-    Raises:
-        NotImplementedError: the weight has no values, as in `torch.onnx.export(..., dynamo=True)`.
-    """
-    if not torch.onnx.is_in_onnx_export():
-        return make(weight)
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "ONNX has no operation for the bound that a parametrized weight is computed by, and this exporter gives it no values: "
-            "export a plain copy, `sh.remove_spectral(copy.deepcopy(model))`, which computes the same."
-        )
-    return unrecorded(make, weight)
+    """A function of a weight; in an ONNX model that is traced, for which decompositions are unknown, the constant that it is."""
+    return unrecorded(make, weight) if torch.onnx.is_in_onnx_export() else make(weight)
 
 
 def _is_differentiated(weight: Tensor) -> bool:
