@@ -26,9 +26,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 WAYS = [(function, layer) for function in BOUNDING for layer in LAYERS if (function, layer) != ("banded", "conv")]
 OPTIMIZERS = {
-    "SGD": partial(torch.optim.SGD, lr=0.1),
-    "momentum": partial(torch.optim.SGD, lr=0.02, momentum=0.9),
-    "Adam": partial(torch.optim.Adam, lr=0.01),
+    "SGD": partial(torch.optim.SGD, lr=1.0),
+    "momentum": partial(torch.optim.SGD, lr=0.2, momentum=0.8),
+    "Adam": partial(torch.optim.Adam, lr=0.03),
 }
 
 
@@ -56,7 +56,9 @@ def data(layer: str) -> Tensor:
     return torch.randn(32, 6) if layer == "dense" else torch.randn(4, 3, 5, 5)
 
 
-def train(layer: nn.Module, optimizer: torch.optim.Optimizer, kind: str, steps: int, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def train(
+    layer: nn.Module, optimizer: torch.optim.Optimizer, kind: str, steps: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     for _ in range(steps):
         x = data(kind)
         optimizer.zero_grad()
@@ -76,7 +78,7 @@ def to_half(y: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimum_inside_is_reached_from_outside(function: str, layer: str, optimizer: str) -> None:
     made = BOUNDING[function](outside(layer))
-    train(made, OPTIMIZERS[optimizer](made.parameters()), layer, 600, to_half)
+    train(made, OPTIMIZERS[optimizer](made.parameters()), layer, 80, to_half)
     assert float(to_half(made(x := data(layer)), x).detach()) < 1e-3
 
 
@@ -86,7 +88,7 @@ def test_it_is_reached_after_training_has_pushed_the_parameter_far_outside(funct
     made = BOUNDING[function](outside(layer))
     train(made, torch.optim.SGD(made.parameters(), lr=1e3), layer, 3, lambda y, x: -10 * (y * x).mean())
     assert float(torch.linalg.vector_norm(original(made).detach())) > 100
-    train(made, OPTIMIZERS[optimizer](made.parameters()), layer, 600, to_half)
+    train(made, OPTIMIZERS[optimizer](made.parameters()), layer, 80, to_half)
     assert float(to_half(made(x := data(layer)), x).detach()) < 1e-3
 
 
@@ -100,7 +102,7 @@ def test_without_a_parameter_that_follows_gradients_lead_inside_too(function: st
     made(data(layer))
     assert torch.equal(original(made), before)
     if function != "clipped" or layer == "dense":
-        train(made, torch.optim.SGD(made.parameters(), lr=0.1), layer, 2000, to_half)
+        train(made, torch.optim.SGD(made.parameters(), lr=1.0), layer, 500, to_half)
         assert float(to_half(made(x := data(layer)), x).detach()) < 1e-3
 
 
@@ -114,11 +116,13 @@ def test_an_optimum_on_the_sphere_is_that_of_the_hook(function: str) -> None:
         return (y - x @ target).square().mean()
 
     hooked = outside("dense", 2.0)
-    optimizer = torch.optim.SGD(hooked.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(hooked.parameters(), lr=0.5)
     sh.SpectralClip(1.0).attach(hooked, optimizer)
-    train(hooked, optimizer, "dense", 1000, loss)
+    train(hooked, optimizer, "dense", 100, loss)
     made = BOUNDING[function](outside("dense", 2.0))
-    train(made, torch.optim.SGD(made.parameters(), lr=0.1), "dense", 3000 if function == "rescaled" else 1000, loss)
+    # two singular values meet at the bound, where the norm has a kink
+    rate, steps = (0.05, 1500) if function == "rescaled" else (0.5, 100)
+    train(made, torch.optim.SGD(made.parameters(), lr=rate), "dense", steps, loss)
     x = torch.randn(4096, 6)
     best = float(loss(x @ target.clamp(max=1), x))
     assert float(loss(hooked(x), x).detach()) < best * 1.01
@@ -129,12 +133,12 @@ def test_banded_leaves_the_lower_end_too() -> None:
     made = banded(nn.Linear(6, 6, bias=False), low=0.2, high=1.0)
     with torch.no_grad():
         original(made).copy_(1e-3 * torch.eye(6))
-    train(made, torch.optim.SGD(made.parameters(), lr=0.1), "dense", 600, to_half)
+    train(made, torch.optim.SGD(made.parameters(), lr=1.0), "dense", 80, to_half)
     assert float(to_half(made(x := data("dense")), x).detach()) < 1e-3
     made.eval()
     with torch.no_grad():
         original(made).copy_(0.1 * torch.eye(6))
-    train(made, torch.optim.SGD(made.parameters(), lr=0.1), "dense", 600, to_half)
+    train(made, torch.optim.SGD(made.parameters(), lr=1.0), "dense", 80, to_half)
     assert float(to_half(made(x := data("dense")), x).detach()) < 1e-3
 
 
@@ -203,15 +207,17 @@ def certified_norm(layer: nn.Module, unit: float) -> float:
 def test_the_bound_and_finite_gradients_at_every_scale(shape: str, function: str, dtype: torch.dtype) -> None:
     if function == "banded" and "matrix" not in shape:
         return  # kernels are refused
-    powers = (-320, -300, -45, -30, -8, 0, 8, 18, 30, 38, 300, 308)
-    bounds = (1.0,) if dtype == torch.float16 else (1.0, 1e-3, 1e-12, 1e12)
+    powers = (-320, -300, -40, -30, 0, 4, 18, 30, 38, 308)
+    bounds = (1.0,) if dtype == torch.float16 else (1.0, 1e-12)
     for bound in bounds:
         layer = SHAPES[shape]().to(dtype)
         made = banded(layer, 0.0, bound) if function == "banded" else BOUNDING[function](layer, bound)
         for name, fill in FILLS.items():
             for gain in [0.0, *(10.0**p for p in powers)]:
                 weight = (fill(original(made)) * gain).to(dtype)
-                if not bool(weight.isfinite().all()) or (dtype != torch.float16 and name != "random" and abs(gain) not in (0, 1e18)):
+                if not bool(weight.isfinite().all()) or (
+                    dtype != torch.float16 and name != "random" and abs(gain) not in (0, 1e18)
+                ):
                     continue
                 for training in (False, True):
                     made.train(training)

@@ -165,7 +165,7 @@ def test_jacobian_is_that_of_backward(name: str) -> None:
 def test_kernels_whose_clip_looks_at_values_refuse_vmap() -> None:
     layer = made("clipped")
     weights = torch.randn(2, 4, 4, 3, 3)
-    with pytest.raises(NotImplementedError, match="vmap.*rescaled"):
+    with pytest.raises(NotImplementedError, match=r"vmap.*rescaled"):
         vmap(layer.parametrizations.weight[0])(weights)
     gradient = torch.func.grad(lambda w: layer.parametrizations.weight[0](w).square().sum())(weights[0])
     assert bool(gradient.isfinite().all())

@@ -35,7 +35,7 @@ _INSIDE_RTOL, _SURELY_OUTSIDE = 1e-2, 1e-4
 _CERTIFIED_OVERSAMPLING = 16
 #: Beyond, relative to the bound, squares of singular values have too few digits near it.
 _HIGHEST = 30.0
-#: In units of the weight's largest entry: a level beyond which nothing is outside, and one below which float32 has too few digits.
+#: In units of the weight's largest entry: a level beyond which nothing is outside, and one for which float32 has too few digits.
 _ABOVE_ALL, _FINEST = 1e30, 1e-20
 #: A norm this little above the bound is rounding, and counts as inside.
 _TOLERANCE = 1e-6
@@ -57,7 +57,10 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     the closest kernel inside, not the closest; `projections.clip` comes nearer.
 
     Guaranteed (certified): `‖A‖₂ ≤ max_norm` for the lattice operator, so at every input size; for the stored dtype too.
-    Gradients are exact, that of the clip and that of the bound, and finite where singular values coincide.
+    In training the parameter follows: a forward that finds `W` outside puts the clip in its place, and the gradient is that of the
+    layer's weight (projected gradient descent, as with `SpectralClip`). Elsewhere (evaluation, frozen weights, `torch.func`,
+    compiled graphs) `W` stays, and the gradient is that of the clip and of the bound, finite where singular values coincide, and
+    of a matrix's clip with the part added that leads inside, which the derivative itself has not.
 
     Args:
         layer: a linear or convolutional layer, changed in place.
@@ -76,6 +79,7 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     Raises:
         ValueError: `max_norm` is no positive number; the padding needs an `input_size`; the weight is pruned or carries a
             parametrization from elsewhere; in a forward, NaN or infinity in a kernel.
+        NotImplementedError: in a forward, a kernel of several taps under `torch.func.vmap`.
         TypeError, NotImplementedError: as `as_operator`.
 
     Example:
@@ -104,7 +108,8 @@ def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
     like 1×1 and patches). With `low = high` it is the polar factor, scaled.
 
     Guaranteed: the `min(rows, columns)` singular values of the matrix lie in the band, up to the rounding of the stored dtype,
-    and so do those of the layer on the inputs that it reads. The gradient is exact and finite where singular values coincide; it
+    and so do those of the layer on the inputs that it reads. In training the parameter follows into the band and has the gradient of
+    the layer's weight, as for `clipped`. Elsewhere the gradient is that of the map, finite where singular values coincide; it
     grows like `low / σ` where the weight loses rank, up to a factor of 1e6.
 
     Args:
@@ -338,9 +343,9 @@ def banded_values(
         low, high: the band.
         kept: those whose singular values all lie in this band stay as they are; by default the band itself.
         inward: let the gradient lead back inside from the ends of the band. `f` is constant beyond them, so there the derivative
-            vanishes in every direction `U₁ H V₁*` with `H` Hermitian, where `U₁`, `V₁` belong to values above `high`. A descent along
-            the positive part of the gradient's `H` takes the matrix in itself inside, and is let through (for values below `low`, the
-            negative part). What remains is zero just where the loss has no descent inside the ball.
+            vanishes in every direction `U₁ H V₁*` with `H` Hermitian, where `U₁`, `V₁` belong to values above `high`. A descent
+            along the positive part of the gradient's `H` leads inside, and is let through (for values below `low`, the negative
+            part). What remains is zero just where the loss has no descent inside the ball.
     """
     return cast(Tensor, _BandedValues.apply(matrices, low, high, kept or (low, high), inward)[0])
 

@@ -298,7 +298,9 @@ def may_follow(module: nn.Module, weight: Tensor) -> bool:
     Not where a function of it is recorded or transformed, which is to stay one; nor a part of it that belongs to a process.
     """
     trained = module.training and torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
-    return trained and isinstance(weight, nn.Parameter) and not (is_recorded(weight) or _is_transformed(weight) or is_part(weight))
+    return (
+        trained and isinstance(weight, nn.Parameter) and not (is_recorded(weight) or _is_transformed(weight) or is_part(weight))
+    )
 
 
 def start_inside(layer: Any) -> None:
@@ -324,11 +326,12 @@ def unrecorded(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     if not torch.jit.is_tracing():
         return make(weight)
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    set_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
     try:
         return make(weight.detach())
     finally:
-        torch._C._set_tracing_state(state)
+        set_state(state)
 
 
 def exported(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:

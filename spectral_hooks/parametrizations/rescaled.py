@@ -30,6 +30,8 @@ _SMALL = 64
 _MARGINS = (1e-6, 2e-3, 0.1)
 #: Krylov steps for that estimate.
 _STEPS = 24
+#: A parameter of more than so many bounds is brought back in training.
+_FAR = 2.0
 #: Keeps a zero weight from being divided by its norm.
 _TINY = 1e-300
 
@@ -42,8 +44,13 @@ def rescaled(
         weight = W · min(1, c / bound(W)),   bound(W) ≥ ‖A(W)‖₂,
 
     registered by `torch.nn.utils.parametrize`: `layer.parametrizations.weight.original` is `W`, the same parameter object as
-    before, and gradients flow through the bound as well. Guaranteed (certified) for the lattice operator, so at every input
-    size; for the stored dtype too: in half precision the bound is raised by what rounding may add.
+    before. Guaranteed (certified) for the lattice operator, so at every input size; for the stored dtype too: in half precision
+    the bound is raised by what rounding may add.
+
+    Gradients flow through the bound, but for one thing: where a descent would shorten the weight, the derivative of the scale is
+    left out, since through it the length of `W` has none, and nothing outside would find back. So training ends where
+    the loss has no descent inside the ball. `W` starts inside; a training forward that finds it beyond twice the bound puts the
+    layer's weight in its place (not in compiled graphs, nor under `torch.func`, where gradients alone lead back).
 
     Args:
         layer: a linear or convolutional layer, changed in place. One that is rescaled already is given the new bound.
@@ -59,9 +66,12 @@ def rescaled(
     Cost: the bound in every training forward; none in evaluation without gradients while `W` stays the same, but for the
     comparison of `W` with a copy of it.
 
+    Traced by `torch.jit.trace` or exported by `torch.export` it stays a function of `W`. For ONNX export a plain copy,
+    `sh.remove_spectral(copy.deepcopy(model))`.
+
     Raises:
-        ValueError: `max_norm` is no positive number; the padding needs an `input_size`; the weight is pruned or carries a
-            parametrization from elsewhere.
+        ValueError: `max_norm` is no positive number; `bound` falls below the norm of a row or a column of ones; the padding needs
+            an `input_size`; the weight is pruned or carries a parametrization from elsewhere.
         TypeError, NotImplementedError: as `as_operator`.
 
     Example:
@@ -103,19 +113,19 @@ def _check_is_bound(bound: Bound, op: LinearOperator) -> None:
     if op.weight.is_meta:
         return
     kernel = torch.zeros_like(op.canonical())
-    _, rows, columns = kernel.shape[:3]
-    row, column = kernel.flatten(3).clone(), kernel.flatten(3).clone()
+    row, column = (torch.zeros_like(kernel).reshape(*kernel.shape[:3], -1) for _ in range(2))
     # what is dropped by from_canonical are taps that the weight does not have; the first is always there
     row[0, 0, :, 0] = 1
     column[0, :, 0, 0] = 4
     for probe in (row, column):
         weight = op.from_canonical(probe.reshape(kernel.shape))
-        norm = float(torch.linalg.vector_norm(weight))
+        norm = float(torch.linalg.vector_norm(weight.float()))
         value = float(bound(op.with_weight(weight)))
         if not value >= norm * (1 - 1e-6):
             raise ValueError(
-                f"`bound` must never fall below the spectral norm, as those of sh.bounds for the default `ord`; got {bound!r}, which "
-                f"gives {value:.4g} for a weight of norm {norm:.4g}. (sh.bounds.padding is a factor, which every bound applies itself.)"
+                "`bound` must never fall below the spectral norm, as those of sh.bounds for the default `ord` (and without "
+                f"padding, which is a factor that each of them applies); got {bound!r}, which gives {value:.4g} for a weight of "
+                f"norm {norm:.4g}."
             )
 
 
@@ -149,7 +159,7 @@ class Rescaled(nn.Module):
         return _scaled(weight, *self._memory(self, weight, self._factors))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`a`, a power of two, and `b` with `a b = min(1, c / bound(W))`, which itself may have no digits in the weight's dtype."""
+        """`a`, a power of two, and `b` with `a b = min(1, c / bound(W))`, a number that the weight's dtype may not have."""
         unit = unit_scale(weight)
         size, rounding = self._size(_wide(weight) * unit.to(_wide(weight)), weight.dtype)
         level = self.max_norm * unit
@@ -160,22 +170,25 @@ class Rescaled(nn.Module):
         return torch.where(inside, 1.0, unit), torch.where(size < level - 2 * rounding, 1.0, gain)
 
     def _followed(self, weight: Tensor) -> Tensor:
-        """The same, and the parameter follows: where it is outside, it becomes what is made of it, and the gradient is that there.
+        """The same, and a parameter that is far outside becomes what is made of it, with the gradient there.
 
-        The derivative of a norm does not depend on the length, so the norm found outside gives that on the sphere.
+        Not one that is near: to shorten it after every step would shorten what is inside too, where several singular values meet.
+        The derivative of a norm does not depend on the length, so the norm found before gives that after.
         """
         unit = unit_scale(weight)
         size, rounding = self._size(At.apply(weight, _wide(weight.detach()) * unit.to(_wide(weight))), weight.dtype)
-        found, level = size.detach(), self.max_norm * unit
-        # what is not finite stays as it is, for its owner to see
-        outside = found > level
-        value = _scaled(
-            weight.detach(), torch.where(outside, unit, 1.0), torch.where(outside, self._room(weight.dtype) / found, 1.0)
-        )
-        # behind the back of autograd, since an earlier forward may still need the weight, whose values it leaves inside the ball
+        found, level, room = size.detach(), self.max_norm * unit, self._room(weight.dtype)
+        # what is not finite is not, and stays as it is, for its owner to see
+        far, inside = found > _FAR * level, found <= level
+        value = _scaled(weight.detach(), torch.where(far, unit, 1.0), torch.where(far, room / found, 1.0))
+        # behind the back of autograd, since an earlier forward may still need the weight, whose values it leaves as they are
         weight.data.copy_(value)
-        gain = _outward(self.max_norm / (size - found + self.max_norm))
-        return At.apply(weight, value) * torch.where(found < level - 2 * rounding, 1.0, gain).to(value)
+        norm = torch.where(far, self.max_norm, found) + torch.where(far, 1.0, unit) * (size - found)
+        gain = _outward(
+            torch.where(far, self.max_norm, torch.where(inside, found, room)) / norm.clamp(min=torch.where(far, 0.0, level / 2))
+        )
+        gain = torch.where(found < level - 2 * rounding, 1.0, gain)
+        return _scaled(At.apply(weight, value), torch.where(far | inside, 1.0, unit), gain)
 
     def _size(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The bound for a weight with what rounding to a dtype may add, and that."""
