@@ -57,8 +57,8 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     the closest kernel inside, not the closest; `projections.clip` comes nearer.
 
     Guaranteed (certified): `‖A‖₂ ≤ max_norm` for the lattice operator, so at every input size; for the stored dtype too.
-    In training the parameter follows: a forward that finds `W` outside puts the clip in its place, and the gradient is that of the
-    layer's weight (projected gradient descent, as with `SpectralClip`). Elsewhere (evaluation, frozen weights, `torch.func`,
+    In training the parameter follows: a forward that finds `W` outside puts the clip in its place, and the gradient is that of
+    the layer's weight (projected gradient descent, as with `SpectralClip`). Elsewhere (evaluation, frozen weights, `torch.func`,
     compiled graphs) `W` stays, and the gradient is that of the clip and of the bound, finite where singular values coincide, and
     of a matrix's clip with the part added that leads inside, which the derivative itself has not.
 
@@ -108,8 +108,8 @@ def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
     like 1×1 and patches). With `low = high` it is the polar factor, scaled.
 
     Guaranteed: the `min(rows, columns)` singular values of the matrix lie in the band, up to the rounding of the stored dtype,
-    and so do those of the layer on the inputs that it reads. In training the parameter follows into the band and has the gradient of
-    the layer's weight, as for `clipped`. Elsewhere the gradient is that of the map, finite where singular values coincide; it
+    and so do those of the layer on the inputs that it reads. In training the parameter follows into the band and has the gradient
+    of the layer's weight, as for `clipped`. Elsewhere the gradient is that of the map, finite where singular values coincide; it
     grows like `low / σ` where the weight loses rank, up to a factor of 1e6.
 
     Args:
