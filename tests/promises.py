@@ -340,8 +340,8 @@ def clip_of_a_matrix_is_nearest(rng: Rng) -> Margin:
     op = sh.as_operator(layer)
     result = sh.projections.band(op, max_norm, min_norm=low) if low else sh.projections.clip(op, max_norm)
     off = observers.matrix_norm(observers.array(result) - observers.clipped_matrix(weight, low, max_norm)) / unit
-    # what is stored is rounded, and so are the directions of a band's lower end; a part is taken away from the weight, in float64
-    digits = max(info.eps, TOLERANCE, 1e-14 * norm / unit)
+    # what is stored is rounded, and so are the directions of a band's lower end
+    digits = max(info.eps, TOLERANCE)
     room = digits * sqrt(min(weight.shape)) * (4 + (unit / least if low else 0.0))
     return Margin(float(off) - room, f"{about}: off by {off}")
 

@@ -284,4 +284,6 @@ def _clip(item: _Moving, estimate: float, max_norm: float, rounds: int) -> _Movi
     single = near and float32_is_kept()
     clipped, _ = clip_kernel(op, kernel.float() if single else kernel, level, 1 if near else rounds, stretch=not near)
     weight = op.from_canonical(clipped.to(kernel)) * scale
-    return item._replace(op=op.with_weight(weight.to(op.weight)))
+    # an entry can grow beyond the largest number of the stored dtype; what that takes is seen by the proof that follows
+    largest = torch.finfo(op.weight.dtype).max
+    return item._replace(op=op.with_weight(weight.clamp(-largest, largest).to(op.weight)))
