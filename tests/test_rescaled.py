@@ -200,7 +200,8 @@ def test_training_never_leaves_the_ball(name: str) -> None:
         optimizer.step()
         assert float(original(layer).detach().norm()) > 10
         assert sampled_norm(layer) <= 1 + 1e-6
-        assert torch.equal(original(layer), layer.weight), "the parameter has been brought along"
+        length = float(original(layer).detach().norm() / layer.weight.detach().norm())
+        assert length <= 2.001, "a parameter far outside has been brought back"
     assert sampled_norm(layer) > 0.9
 
 
