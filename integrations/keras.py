@@ -316,9 +316,9 @@ class SpectralClipCallback(HookCallback):
         max_norm, every, rounds, projection, slack, schedule: as for `spectral_hooks.SpectralClip`.
         layers, exclude: likewise; types and predicates are those of Keras' layers, and globs match their names, with dots between
             a model and its parts.
-        log: add to each epoch's logs, and so to the `History`, `spectral_clip/norm_before` (the largest norm of a constrained layer
-            that an update has led to, before clipping) and `spectral_clip/clipped` (how many kernels were clipped, on average over
-            the updates); costs a certified norm of every layer after every update.
+        log: add to each epoch's logs, and so to the `History`, `spectral_clip/norm_before` (the largest norm of a constrained
+            layer that an update has led to, before clipping) and `spectral_clip/clipped` (how many kernels were clipped, on
+            average over the updates); costs a certified norm of every layer after every update.
 
     Example:
         >>> import keras
