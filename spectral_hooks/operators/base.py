@@ -103,6 +103,11 @@ class LinearOperator(ABC):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def autocast_is_available(device: str) -> bool:
+    """Whether a type of device has autocast: not "meta", for example. Older versions of torch cannot trace the question."""
+    return device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
+
+
 def full_precision(function: F) -> F:
     """Run a function of an operator, or of several, without autocast, which would take float32 products in half precision."""
 
@@ -117,7 +122,7 @@ def full_precision(function: F) -> F:
             with torch.autocast(left[0], enabled=False):
                 return run(left[1:])
 
-        return run([device for device in devices if torch.amp.autocast_mode.is_autocast_available(device)])
+        return run([device for device in devices if autocast_is_available(device)])
 
     return cast(F, wrapped)
 

@@ -108,7 +108,9 @@ def lora_factors(layer: Any) -> list[tuple[Any, Any, float]]:
 def _lora(layer: Any) -> LinearOperator:
     """The merged weight, as (out, in), of plain LoRA on a linear layer."""
     base = as_operator(layer.base_layer)
-    variants = getattr(layer, "lora_variant", {})
+    # older versions of PEFT have no variants, but say of which adapters the weight is decomposed
+    dora = {name for name, is_so in getattr(layer, "use_dora", {}).items() if is_so}
+    variants = dora.union(getattr(layer, "lora_variant", {}))
     plain = type(layer).__module__.startswith("peft.tuners.lora.") and not any(name in variants for name in layer.active_adapters)
     if not plain or not isinstance(base, DenseOperator):
         raise NotImplementedError(

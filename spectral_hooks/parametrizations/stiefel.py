@@ -18,6 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..operators.base import autocast_is_available
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -28,7 +30,7 @@ def in_full_precision(function: F) -> F:
     def wrapped(x: Tensor, *others: Tensor | None) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = [t if t is None else t.to(wide) for t in (x, *others)]
-        if not torch.amp.autocast_mode.is_autocast_available(x.device.type):
+        if not autocast_is_available(x.device.type):
             return function(*inputs).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return function(*inputs).to(x.dtype)
