@@ -18,7 +18,7 @@ from ..spectrum import check_finite
 from .modules import CONV, Memory, OrthogonalConv, Unstrided
 from .remove import register
 from .skew import _bound, modulus_one
-from .stiefel import _polished, householder, in_full_precision, origin, polar
+from .stiefel import _polished, bounded, householder, in_full_precision, lengths, origin, polar
 from .tensor_train import as_stored, by_groups
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -315,7 +315,7 @@ class _Fused(torch.autograd.Function):
     """`_composed` where the `k` blocks divide their size, with a derivative by hand: of small matrices the calls are what costs.
 
     A block is `B = (I - V Uᵀ) D` with the signs `D`. Of its gradient `G` only `A = D (BᵀG - GᵀB) D` counts, since `BᵀdB` is skew,
-    and `∂f/∂V = V · below(UᵀA U) - A U`.
+    and `∂f/∂V = V · below(UᵀA U) - A U`. The lengths of the columns of `V` make no difference, so they are one.
     """
 
     @staticmethod
@@ -325,17 +325,19 @@ class _Fused(torch.autograd.Function):
         eye = torch.eye(b, dtype=free.dtype, device=free.device)
         below = torch.ones_like(eye).tril(-1)
         v = torch.addcmul(eye, x, below)
-        triangle = torch.bmm(v.mT, v).mul_(torch.add(below.mT, eye, alpha=0.5))
+        norms = lengths(v)
+        v = v / norms
+        triangle = torch.bmm(v.mT, v).mul_(below.mT).add_(eye, alpha=0.5)
         ut = torch.linalg.solve_triangular(triangle, v.mT, upper=True)
         signs = x.diagonal(dim1=1, dim2=2).lt(0).to(x.dtype).mul_(2).sub_(1)
         q = _polished(torch.baddbmm(eye, v, ut, alpha=-1)).mul_(signs.unsqueeze(1))
         columns, rows = _meeting(q.view(2, -1, b, b), k)
-        ctx.save_for_backward(free, below, v, ut, signs, q, columns, rows)
+        ctx.save_for_backward(free, below, v, norms, ut, signs, q, columns, rows)
         return _dealt_out(torch.bmm(columns, rows), k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        free, below, v, ut, signs, q, columns, rows = ctx.saved_tensors
+        free, below, v, norms, ut, signs, q, columns, rows = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             return torch.autograd.grad(_composed(free), free, grad, create_graph=True)[0]
         k, b = free.shape[2:4]
@@ -347,7 +349,7 @@ class _Fused(torch.autograd.Function):
         right.view(-1, k, k, b // k, b).transpose(1, 2).copy_(torch.bmm(columns.mT, met).view(-1, k, k, b // k, b))
         turn = torch.bmm(q.mT, at_q)
         moved = torch.bmm(turn - turn.mT, (ut * signs.unsqueeze(1)).mT).mul_(signs.unsqueeze(2))
-        return torch.baddbmm(moved, v, torch.bmm(ut, moved).mul_(below), beta=-1).mul_(below).view_as(free)
+        return torch.baddbmm(moved, v, torch.bmm(ut, moved).mul_(below), beta=-1).mul_(below).div_(norms).view_as(free)
 
 
 def _near(matrices: Tensor, blocks: int) -> Tensor:
@@ -421,13 +423,13 @@ def _shuffled(x: Tensor) -> Tensor:
 def _unshuffled(x: Tensor) -> Tensor:
     """`Pᵀ x`."""
     groups, k, b, columns = x.shape
-    return x.reshape(groups, b, k, columns).transpose(1, 2).contiguous()
+    return x.reshape(groups, b, k, columns).transpose(1, 2).reshape(x.shape)
 
 
 def _rotations(free: Tensor, size: int) -> Tensor:
     """The Cayley transforms, `(..., size, size)`, of lower triangles `(..., size (size - 1) / 2)`."""
     rows, columns = torch.tril_indices(size, size, -1, device=free.device)
     lower = free.new_zeros(*free.shape[:-1], size * size).index_copy(-1, rows * size + columns, free)
-    lower = lower.unflatten(-1, (size, size))
+    lower = bounded(lower.unflatten(-1, (size, size)))
     eye = torch.eye(size, dtype=free.dtype, device=free.device)
     return _polished(torch.linalg.inv(torch.add(eye / 2, lower.mT - lower, alpha=1 / 8)) - eye)
