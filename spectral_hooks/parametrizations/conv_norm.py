@@ -13,6 +13,7 @@ from ..operators import ConvOperator, LinearOperator, as_operator
 from ..operators.padding import pad
 from ..operators.symbols import half_plane, product, symbol
 from .modules import CONV, Memory, convolution, plain, take_over
+from .stiefel import held
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
 _FLOOR = 1e-6
@@ -83,7 +84,7 @@ class ConvNorm(nn.Module):
         return f"{in_ * self.groups}, {out}, kernel_size={tuple(taps)}, {settings}"
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, dims = self.weight, self.weight.ndim - 2
+        weight, dims = self._rows(), self.weight.ndim - 2
         padding = self.padding
         if self.padding_mode != "zeros":
             padding, x = 0, pad(x, self.padding_mode, self._operator(weight).padding)
@@ -120,8 +121,16 @@ class ConvNorm(nn.Module):
                 "it has no weight to measure, to change or to make plain. It is a normalizer and bounds no norm: exclude it."
             )
         dims = self.weight.ndim - 2
-        gain = self._gain(self.weight, (1,) * dims).reshape(-1, *[1] * (dims + 1))
-        return self._operator((self.weight.to(gain.dtype) * gain).to(self.weight.dtype), input_size=input_size)
+        rows = self._rows()
+        gain = self._gain(rows, (1,) * dims).reshape(-1, *[1] * (dims + 1))
+        return self._operator((rows.to(gain.dtype) * gain).to(self.weight.dtype), input_size=input_size)
+
+    def _rows(self) -> Tensor:
+        """The weight with no entry above one, each filter by itself: what makes no difference to the result, and to its overflow."""
+        largest = held(self.weight).abs().flatten(1).amax(1)
+        # a filter of zeros stays one
+        unit = torch.where(largest > 0, largest, 1.0).unflatten(0, (-1, *[1] * (self.weight.ndim - 1)))
+        return self.weight / unit
 
     def _gain(self, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """`v̂` at the half of the frequencies that `rfftn` keeps, `(out, *frequencies)`.
