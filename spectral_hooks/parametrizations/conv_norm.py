@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..operators import ConvOperator, LinearOperator, as_operator
 from ..operators.padding import pad
-from ..operators.symbols import half_plane, product, symbol
+from ..operators.symbols import product, symbol
 from .modules import CONV, Memory, convolution, plain, take_over
 from .stiefel import held
 
@@ -142,7 +142,10 @@ class ConvNorm(nn.Module):
         working = torch.promote_types(weight.dtype, torch.float32)
         kernel = op.canonical().to(working if weight.device.type == "mps" else torch.float64)
         taps = tuple(kernel.shape[3:])
-        theta, counts = half_plane(tuple(2 * k - 1 for k in taps), kernel)
+        # one of each pair ±θ: half of the last axis, where all but 0 stand for two
+        halved = [*(2 * k - 1 for k in taps[:-1]), taps[-1]]
+        index = product([torch.arange(n) for n in halved], kernel)
+        theta, counts = index * (2 * pi / kernel.new_tensor([2 * k - 1 for k in taps])), 1 + (index[:, -1] > 0).to(kernel)
         rows = symbol(kernel, theta).abs().square().sum(-1).flatten(1)  # (samples, out)
         lags = product([torch.arange(-(k - 1), k) for k in taps], kernel)
         coefficients = ((lags @ theta.T).cos() * (counts / counts.sum())) @ rows

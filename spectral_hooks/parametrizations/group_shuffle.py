@@ -306,7 +306,8 @@ def _matrix(free: Tensor) -> Tensor:
 
 def _is_fused(free: Tensor) -> bool:
     """Whether the derivative by hand will do: the blocks divide their size, and nothing but a plain backward is asked for."""
-    if free.shape[3] % free.shape[2] or torch.compiler.is_compiling() or is_functorch_wrapped_tensor(free):
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if free.shape[3] % free.shape[2] or recorded or is_functorch_wrapped_tensor(free):
         return False
     return forward_ad.unpack_dual(free).tangent is None
 

@@ -88,13 +88,12 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
         blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
         if all(shape[-2:] == (1, 1) for shape in blocks.shapes.values()):
             _logger.warning("orthogonal: with one channel in and out of each group only ± a shift is left, and nothing to train")
-        read, inputs = blocks.columns * prod(blocks.strides), blocks.columns * prod(op.stride)
-        if read < min(blocks.rows, inputs):
+        read, of = blocks.columns * prod(blocks.strides), blocks.columns * prod(op.stride)
+        if read < min(blocks.rows, of):
+            verb, side = ("reaches", "outputs") if op.transposed else ("reads", "inputs")
             _logger.warning(
-                "orthogonal: a kernel of %s taps, stride %s and dilation %s %s only %d of every %d %s, so no kernel is orthogonal: "
-                "singular values are 1 on these, and 0 on the others",
-                *(" x ".join(map(str, sizes)) for sizes in (blocks.taps, op.stride, op.dilation)),
-                *("reaches" if op.transposed else "reads", read, inputs, "outputs" if op.transposed else "inputs"),
+                f"orthogonal: a kernel of {blocks.taps} taps with stride {op.stride} and dilation {op.dilation} {verb} {read} of "
+                f"every {of} {side}, so none is orthogonal: singular values are 1 on these, and 0 on the other {side}"
             )
         return register(layer, OrthogonalKernel(blocks, map, like=op.weight))
     if isinstance(op, DenseOperator):
