@@ -250,7 +250,7 @@ def test_scaling_weight_and_bound_alike_changes_nothing(gain: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("function", ["rescaled", "clipped", "banded"])
 def test_autocast_changes_neither_weight_nor_its_gradient(function: str, shape: str, dtype: torch.dtype) -> None:
-    """Forward within, and backward within and without."""
+    """Forward within; a backward within too, against torch's advice, is autocast by torch itself where it is torch's."""
     if function == "banded" and "matrix" not in shape:
         return  # kernels are refused
     torch.manual_seed(0)
@@ -272,7 +272,10 @@ def test_autocast_changes_neither_weight_nor_its_gradient(function: str, shape: 
                 found = torch.autograd.grad((weight * direction).sum(), original(made)) if inside else None
             (found,) = found or torch.autograd.grad((weight * direction).sum(), original(made))
             assert torch.equal(weight, expected)
-            torch.testing.assert_close(found, gradient)
+            if inside:
+                assert float(torch.linalg.vector_norm(found - gradient)) <= 0.02 * float(torch.linalg.vector_norm(gradient))
+            else:
+                torch.testing.assert_close(found, gradient)
             gradients.append(found)
     assert all(bool(gradient.any()) for gradient in gradients)
 

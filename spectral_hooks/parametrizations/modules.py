@@ -296,8 +296,10 @@ class At(torch.autograd.Function):
 def may_follow(module: nn.Module, weight: Tensor) -> bool:
     """Whether a parameter may be brought inside on its way into the forward: in training, and where it is itself what trains.
 
-    Not where a function of it is recorded or transformed, which is to stay one; nor a part of it that belongs to a process.
+    Not where a function of it is recorded or transformed, which is to stay one; nor under FSDP, where a forward sees a copy.
     """
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return False
     trained = module.training and torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
     return (
         trained and isinstance(weight, nn.Parameter) and not (is_recorded(weight) or _is_transformed(weight) or is_part(weight))
