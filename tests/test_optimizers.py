@@ -515,7 +515,9 @@ def in_backward(model: nn.Module, **settings) -> list[Optimizer]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"every": 3}, {"schedule": lambda step: max(0.3, 1 - 0.1 * step)}, {"batch_norm": "clip"}], ids=str
+    "options",
+    [{}, {"every": 3}, {"schedule": lambda step: max(0.3, 1 - 0.1 * step)}, {"batch_norm": "clip"}],
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_optimizers_in_the_backward_pass(options: dict) -> None:
     """As one optimizer after it, bit for bit: an update is a backward pass, whatever the number of optimizers."""
