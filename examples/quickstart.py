@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -132,7 +132,7 @@ def attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor, radius: float, st
 rows, spectra = [], {}
 for name, callbacks in {"plain": [], f"SpectralClip({MAX_NORM})": [SpectralClip(MAX_NORM)]}.items():
     print(name, flush=True)
-    seed_everything(0, verbose=False)
+    torch.manual_seed(0)
     model = Classifier()
     loader = DataLoader(TensorDataset(images[train], labels[train]), batch_size=128, shuffle=True, drop_last=True)
     norm_at_start = largest_norm(model)

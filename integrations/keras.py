@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_hooks import hooks, projections
-from spectral_hooks.operators import ConvOperator, DenseOperator, LinearOperator, as_operator
+from spectral_hooks.operators import ConvOperator, DenseOperator, KernelOperator, as_operator
 from spectral_hooks.selection import Patterns, _matches, listed
 
 
@@ -50,7 +50,7 @@ Kind = Literal["dense", "conv", "depthwise", "transposed"]
 # -- from Keras' kernels to operators ------------------------------------------------------------------------------------
 
 
-def _operator(kernel: Tensor, kind: Kind, strides: Any = 1, dilation_rate: Any = 1, groups: int = 1) -> LinearOperator:
+def _operator(kernel: Tensor, kind: Kind, strides: Any = 1, dilation_rate: Any = 1, groups: int = 1) -> KernelOperator:
     """The lattice operator of a kernel as Keras lays it; its weight is a view, so what is written into it is in the kernel."""
     if kind == "dense":
         return DenseOperator(kernel.mT)
@@ -63,7 +63,7 @@ def _operator(kernel: Tensor, kind: Kind, strides: Any = 1, dilation_rate: Any =
     return ConvOperator(weight, stride=strides, dilation=dilation_rate, groups=groups, transposed=kind == "transposed")
 
 
-def _einsum_operator(kernel: Tensor, equation: str) -> LinearOperator:
+def _einsum_operator(kernel: Tensor, equation: str) -> KernelOperator:
     """The matrix of an EinsumDense: the kernel's axes that only the output has, by those that only the input has."""
     inputs, axes, outputs = equation.replace(" ", "").replace("->", ",").split(",")
     rows = [i for i, axis in enumerate(axes) if axis in outputs and axis not in inputs]
@@ -77,7 +77,7 @@ def _einsum_operator(kernel: Tensor, equation: str) -> LinearOperator:
         raise NotImplementedError(f"the kernel of {equation!r} does not lie in memory as a matrix.") from None
 
 
-def _operators(layer: Any) -> dict[str, LinearOperator]:
+def _operators(layer: Any) -> dict[str, KernelOperator]:
     """The operators of a layer's kernels, by the kernels' names; NotImplementedError says why there are none."""
     name = type(layer).__name__
     base = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras."))
@@ -109,19 +109,28 @@ def _operators(layer: Any) -> dict[str, LinearOperator]:
             return {"depthwise_kernel": depthwise, "pointwise_kernel": _operator(kernel("pointwise_kernel"), "conv")}
         case kl.SpectralNormalization():
             raise NotImplementedError("SpectralNormalization rewrites the kernel in every call; take the wrapper off.")
-    raise NotImplementedError(f"{name} has no operator.")
+    recurrent = " Its recurrent_constraint=SpectralClip(...) bounds all gates together."
+    raise NotImplementedError(f"{name} has no operator.{recurrent if hasattr(layer, 'recurrent_constraint') else ''}")
 
 
 class Kernel(nn.Module):
     """A kernel of a Keras layer as a torch module: `weight` is the same memory, with its axes as torch orders them.
 
-    For a layer that has no operator there is the reason in its place.
+    For a layer that has no operator there is the reason in its place, and its weights are parameters as they are, but for those
+    that a `SpectralClip` of its own constrains and those of embeddings. What does not train in Keras has `requires_grad=False`.
     """
 
-    def __init__(self, layer: Any, operator: LinearOperator | str) -> None:
+    def __init__(self, layer: Any, operator: KernelOperator | str, variables: Sequence[Any]) -> None:
         super().__init__()
         self.operator = operator
-        self.weight = nn.Parameter(torch.empty(0) if isinstance(operator, str) else operator.weight)
+        # hooks ask for the reason of each layer with weights, and there may be none but in the way that they are kept
+        kernel = torch.empty(0) if isinstance(operator, str) else operator.weight
+        self.weight = nn.Parameter(kernel, requires_grad=any(variable.trainable for variable in variables))
+        free = variables if isinstance(operator, str) and not isinstance(layer, kl.Embedding) else ()
+        for i, variable in enumerate(free):
+            if variable.value.is_floating_point() and not isinstance(variable.constraint, SpectralClip):
+                value = variable.value.detach()
+                self.register_parameter(f"weight_{i}", nn.Parameter(value, requires_grad=variable.trainable))
         # in a tuple, for a Keras layer is a torch module and would become a part of this one
         self._layer = (layer,)
 
@@ -132,7 +141,7 @@ class Kernel(nn.Module):
 
 
 @as_operator.register
-def _kernel_operator(layer: Kernel, input_size: Any = None) -> LinearOperator:
+def _kernel_operator(layer: Kernel, input_size: Any = None) -> KernelOperator:
     if isinstance(layer.operator, str):
         raise NotImplementedError(layer.operator)
     if input_size is not None:
@@ -166,11 +175,12 @@ def _mirror(layer: Any, done: dict[int, nn.Module]) -> nn.Module:
     parts = [] if isinstance(layer, kl.SpectralNormalization) else layer._flatten_layers(include_self=False, recursive=False)
     inherited = {id(weight) for part in parts for weight in part.weights}
     image = nn.Module()
-    if any(id(weight) not in inherited for weight in layer.weights):
+    own = [weight for weight in layer.weights if id(weight) not in inherited]
+    if own:
         try:
-            kernels = {name: Kernel(layer, operator) for name, operator in _operators(layer).items()}
+            kernels = {name: Kernel(layer, op, [getattr(layer, name)]) for name, op in _operators(layer).items()}
         except NotImplementedError as reason:
-            kernels = {"": Kernel(layer, str(reason))}
+            kernels = {"": Kernel(layer, str(reason), own)}
         if len(kernels) == 1:
             (image,) = kernels.values()
         # straight into the dictionary: add_module refuses names that modules have anyway, such as "type"
@@ -265,16 +275,17 @@ class HookCallback(keras.callbacks.Callback):
     scaling skips. `before_step` is never called, for Keras has no event between the gradients and the update.
 
     Args:
-        hook: a `spectral_hooks.hooks.Hook`; it sees the `mirror` of the model.
+        hook: a `spectral_hooks.hooks.Hook`; it sees the `mirror` of the model, and `training=True`.
     """
 
-    def __init__(self, hook: hooks.Hook) -> None:
+    def __init__(self, hook: Any) -> None:
         super().__init__()
         self.hook = hook
         self._updates = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._updates = self._count()
+        self.hook.training = True  # leave frozen layers as they are
         self.hook.start(mirror(self.model))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -289,9 +300,11 @@ class HookCallback(keras.callbacks.Callback):
 
 
 class SpectralClipCallback(HookCallback):
-    """`spectral_hooks.SpectralClip` as a callback: every layer's operator norm at most `max_norm`, from the first step on.
+    """`spectral_hooks.SpectralClip` as a callback: the operator norm of layers at most `max_norm`, from the first step on.
 
     It knows each layer's strides, dilation and groups. A separable convolution is two maps, each of which obeys the bound.
+    `skipped` has the reason for every layer with weights that is left out: recurrent cells, for example, and frozen layers, which
+    stay as they are. When more than a tenth of the weights is free for want of support, training starts with a warning.
     List it after callbacks that change weights (`SwapEMAWeights`) and before those that save them or read logs.
 
     Guaranteed: the bound holds when training starts, after every `every`-th update, and in the model that `fit` leaves,
@@ -303,9 +316,9 @@ class SpectralClipCallback(HookCallback):
         max_norm, every, rounds, projection, slack, schedule: as for `spectral_hooks.SpectralClip`.
         layers, exclude: likewise; types and predicates are those of Keras' layers, and globs match their names, with dots between
             a model and its parts.
-        log: add to each epoch's logs, and so to the `History`, `spectral_clip/norm_before` (the largest norm that an update has
-            led to, before clipping) and `spectral_clip/clipped` (how many kernels were clipped, on average over the updates);
-            costs a certified norm of every layer after every update.
+        log: add to each epoch's logs, and so to the `History`, `spectral_clip/norm_before` (the largest norm of a constrained
+            layer that an update has led to, before clipping) and `spectral_clip/clipped` (how many kernels were clipped, on
+            average over the updates); costs a certified norm of every layer after every update.
 
     Example:
         >>> import keras

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import Any
+
+import torch
 
 from spectral_hooks import hooks
 from spectral_hooks.selection import Patterns
@@ -75,6 +78,14 @@ class HookCallback(_Callback):
         self._remove()
         self.hook.load_state_dict(self._initial)
 
+    # comes with the whole checkpoint; Lightning hands over the state only to a callback of the same settings
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        present, saved = {each.state_key for each in trainer.callbacks}, checkpoint.get("callbacks", {})
+        others = [key for key in saved if key not in present and key.startswith(f"{type(self.hook).__name__}(")]
+        if others and self.state_key not in saved and trainer.state.fn == "fit" and trainer.is_global_zero:
+            what = f"the checkpoint was saved with {', '.join(others)}, and this run goes on with {self.state_key}"
+            warnings.warn(f"{what}: its settings hold from the first step on, and it counts its steps from 0.", stacklevel=2)
+
     # by now the checkpoint is restored and the optimizers exist; no later event covers the first weights
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._handle = self.hook.attach(pl_module, trainer.optimizers)
@@ -101,8 +112,9 @@ class SpectralClip(HookCallback):
 
     Args:
         max_norm, layers, exclude, every, rounds, and further options: as for `spectral_hooks.SpectralClip`.
-        log: log `spectral_clip/norm_before` (the largest norm of all layers before clipping) and `spectral_clip/clipped` (how
-            many were clipped) at every batch; costs a certified norm of every layer at every step.
+        log: send `spectral_clip/norm_before` (the largest norm of all layers before clipping) and `spectral_clip/clipped` (how
+            many were clipped) of the last projection to `trainer.callback_metrics`, and to the loggers at the Trainer's
+            `log_every_n_steps` where there was a projection since; costs a certified norm of every layer at every step.
 
     Example:
         >>> from spectral_hooks.integrations.lightning import SpectralClip
@@ -124,17 +136,32 @@ class SpectralClip(HookCallback):
         clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, record=log, **options)
         super().__init__(clip)
         self.logs = log
+        self._logged = 0
 
     @property
     def skipped(self) -> dict[str, str]:
         """For each layer with weights that is not constrained, why."""
         return self.hook.skipped
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._logged = self._projections()
+
+    # As Lightning's own callbacks log: what `self.log` is given once goes to the loggers again with every batch until the next
+    # value, those of accumulated gradients and between two projections included.
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # a run resumed between two projections has measured nothing yet
-        if self.logs and self.hook.largest_norm is not None:
-            self.log("spectral_clip/norm_before", self.hook.largest_norm)
-            self.log("spectral_clip/clipped", float(self.hook.clipped))
+        if not self.logs or self._projections() == self._logged:
+            return
+        metrics = {"spectral_clip/norm_before": self.hook.largest_norm, "spectral_clip/clipped": float(self.hook.clipped)}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        if trainer._logger_connector.should_update_logs:
+            self._logged = self._projections()
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _projections(self) -> int:
+        """How many steps have been followed by a projection."""
+        return self.hook.step // self.hook.every
 
     # Pruning and averaging change weights at these events, before or after this callback as the user has listed them. A weight
     # inside stays bit for bit; with every > 1 projecting here would make training depend on when it is validated and saved.

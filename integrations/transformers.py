@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+import torch
 
 from spectral_hooks import as_operator, hooks
 from spectral_hooks.selection import Patterns, Split
@@ -12,6 +17,8 @@ try:
     from transformers import TrainerCallback
 except ModuleNotFoundError as error:
     raise ImportError("transformers is not installed: pip install 'spectral_hooks[transformers]'.") from error
+
+_log = logging.getLogger(__name__)
 
 #: What trains on copies of its own of the weights, by the name of a module's or the optimizer's class.
 _OWN_COPIES = {"FullyShardedDataParallel", "XlaFullyShardedDataParallel", "DeepSpeedOptimizerWrapper"}
@@ -22,16 +29,23 @@ _FUSED = {"gpt2": "c_attn", "imagegpt": "c_attn", "decision_transformer": "c_att
 class HookCallback(TrainerCallback):
     """The Trainer's events as those of a hook: when training begins, right before and right after every update.
 
-    The hook counts the Trainer's global steps, those that loss scaling skips too, and goes on from there when a run is resumed.
-    With `restore_callback_states_from_checkpoint` or without, the callback is the one that the user gave. DeepSpeed and the old
-    FSDP, which train on copies of the weights, are a NotImplementedError at the start.
+    The hook is attached to the Trainer's optimizer, whatever `optim=` makes it: it counts its steps, without those that loss
+    scaling skips, and meets what the optimizer keeps of the weights elsewhere (schedule-free ones). Where the Trainer names no
+    optimizer its events are enough. Checkpoints get a file of what the hook knows, as large as the weights. A run that is
+    resumed from a checkpoint in its own `output_dir` goes on from that; from one elsewhere it counts on from the Trainer's global
+    step. DeepSpeed and the old FSDP, which train on copies of the weights, are a NotImplementedError at the start.
 
     Args:
-        hook: a `spectral_hooks.hooks.Hook` that also has `load_state_dict`.
+        hook: a `spectral_hooks.hooks.Hook` that also has `attach`, `state_dict` and `load_state_dict`; its `repr` names its file.
     """
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
+        self._handle: hooks.Handle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # settings and progress, without the hooks on the optimizer
+        return self.__dict__ | {"_handle": None}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
@@ -40,15 +54,49 @@ class HookCallback(TrainerCallback):
             raise NotImplementedError(
                 f"{found.pop()} trains on copies of the weights: what is written to a layer is lost. {remedy}"
             )
-        self.hook.load_state_dict({"step": state.global_step})
-        self.hook.start(model)
+        self._remove()  # a training that an error has ended left it
+        self.hook.load_state_dict(self._saved(args, state) or {"step": state.global_step})
+        if optimizer is not None:
+            self._handle = self.hook.attach(model, optimizer)
+        else:
+            self.hook.training = True
+            self.hook.start(model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.before_step()
+        if self._handle is None:
+            self.hook.before_step()
 
     # before the global step is counted, logged and saved
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.after_step()
+        if self._handle is None:
+            self.hook.after_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = self._file(args, state)
+        if args.should_save and not args.save_only_model and file.parent.is_dir():
+            torch.save(self.hook.state_dict(), file)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._remove()
+
+    def _saved(self, args: Any, state: Any) -> dict[str, Any] | None:
+        """What the hook knew at the step that is resumed, if its file is where this run would have written it."""
+        if state.global_step == 0:
+            return None
+        file = self._file(args, state)
+        if file.is_file():
+            return torch.load(file, map_location=args.device, weights_only=True)
+        _log.info("There is no %s: the run counts on from step %d, and starts anew to know its weights.", file, state.global_step)
+        return None
+
+    def _file(self, args: Any, state: Any) -> Path:
+        name = f"spectral_hooks-{crc32(repr(self.hook).encode()):08x}.pt"
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
+
+    def _remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
 
 class SpectralClip(HookCallback):
@@ -56,6 +104,8 @@ class SpectralClip(HookCallback):
 
     Guaranteed: the bound holds when training begins, after every `every`-th update, in the last checkpoint and in the model that
     `train` leaves; with `every=1` in every checkpoint (PEFT's hold adapters only, to be laid on the projected model).
+    A run that is resumed from a checkpoint in its own `output_dir` equals an uninterrupted one bit for bit; from one elsewhere so
+    do models of linear layers alone, or with `slack=0`, and others are within the slack. Frozen weights are left as they are.
 
     Args:
         max_norm, layers, exclude, every, rounds, and further options: as for `spectral_hooks.SpectralClip`.
@@ -92,6 +142,7 @@ class SpectralClip(HookCallback):
         super().__init__(clip)
         self.split_qkv, self.logs = split_qkv if known else False, log
         self.history: list[dict[str, float]] = []
+        self._step = 0
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -116,8 +167,12 @@ class SpectralClip(HookCallback):
             remedy = "PEFT's checkpoints do not hold them: save the merged model (merge_and_unload), or the base model as well."
             warnings.warn(f"{what} {remedy}", stacklevel=2)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = self.hook.step
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.logs and self.hook.step % self.hook.every == 0:
+        # not for a step that loss scaling has skipped
+        if self.logs and self.hook.step > self._step and self.hook.step % self.hook.every == 0:
             measured = {"spectral_clip/norm_before": self.hook.largest_norm, "spectral_clip/clipped": float(self.hook.clipped)}
             self.history.append({"step": state.global_step} | measured)
         # with every > 1 the last steps may not have been projected; before the last checkpoint
@@ -132,6 +187,7 @@ class SpectralClip(HookCallback):
     # the best checkpoint may have become the model
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.hook.project()
+        super().on_train_end(args, state, control, **kwargs)
 
 
 def fused_projections(model: Any, per_head: bool = False) -> dict[str, list[int]]:

@@ -21,11 +21,13 @@ from torch.nn.functional import conv1d, conv2d, conv3d, conv_transpose1d, conv_t
 
 from .krylov import matrix_norm, with_gradient
 from .lattice import grid_norm, normalized
-from .operators.base import LinearOperator, float32_is_kept, full_precision
+from .operators.arguments import on_kernel
+from .operators.base import KernelOperator, float32_is_kept, full_precision
 from .operators.symbols import half_plane, symbol
+from .single_row import grid_maxima
 
 #: A bound: operator → 0-d tensor.
-Bound = Callable[[LinearOperator], Tensor]
+Bound = Callable[[KernelOperator], Tensor]
 
 #: Bytes of symbols held at once.
 _CHUNK_BYTES = 1 << 27
@@ -41,7 +43,8 @@ _SQRT2 = sqrt(2)
 _UNDERFLOW = 1e-8
 
 
-def cosine_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
+@on_kernel
+def cosine_grid(op: KernelOperator, *, oversampling: float = 8) -> Tensor:
     """The largest norm on a frequency grid times the cosine factor: the tightest bound at its price.
 
         ‖A‖ ≤ max_{θ in grid} ‖F(θ)‖₂ · Π_i 1 / cos(π (k_i - 1) / (2 N_i)),   N_i = ⌈oversampling · (k_i - 1)⌉ points per axis.
@@ -90,7 +93,8 @@ def cosine_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
     return _certified(op, formula)
 
 
-def gram_iteration(op: LinearOperator, *, steps: int = 6, oversampling: float = 8) -> Tensor:
+@on_kernel
+def gram_iteration(op: KernelOperator, *, steps: int = 6, oversampling: float = 8) -> Tensor:
     """Squares of the symbol's Gram matrices, and a Frobenius norm.
 
         ‖F(θ)‖₂ ≤ ‖G^(2^t)‖_F^(1 / 2^(t+1)),   G = F(θ)* F(θ),   G ← G G / ‖G‖_F² at every step,
@@ -131,7 +135,8 @@ def gram_iteration(op: LinearOperator, *, steps: int = 6, oversampling: float = 
     return _certified(op, formula)
 
 
-def kernel_gram(op: LinearOperator, *, steps: int = 4) -> Tensor:
+@on_kernel
+def kernel_gram(op: KernelOperator, *, steps: int = 4) -> Tensor:
     """Squares of the kernel's self-convolution, and a sum of absolute values: no frequencies are sampled.
 
         ‖A‖ ≤ max_i (Σ_{j, l} |R_t[i, j, l]|)^(1 / 2^t),   R_1 = K ⋆ K,   R_{t+1} = R_t ∗ R_t,
@@ -177,7 +182,8 @@ def kernel_gram(op: LinearOperator, *, steps: int = 4) -> Tensor:
     return _certified(op, formula)
 
 
-def unfolding(op: LinearOperator) -> Tensor:
+@on_kernel
+def unfolding(op: KernelOperator) -> Tensor:
     """The smallest norm of the kernel's unfoldings times the root of the number of taps.
 
         ‖A‖ ≤ √(k_1 ⋯ k_d) · min ‖unfolding‖₂
@@ -220,7 +226,8 @@ def unfolding(op: LinearOperator) -> Tensor:
     return _certified(op, formula)
 
 
-def tap_sum(op: LinearOperator) -> Tensor:
+@on_kernel
+def tap_sum(op: KernelOperator) -> Tensor:
     """The sum of the norms of the kernel's taps, the triangle inequality.
 
         ‖A‖ ≤ Σ_t ‖K[:, :, t]‖₂,   the maximum over groups,
@@ -256,7 +263,8 @@ def tap_sum(op: LinearOperator) -> Tensor:
     return _certified(op, formula)
 
 
-def frobenius_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
+@on_kernel
+def frobenius_grid(op: KernelOperator, *, oversampling: float = 8) -> Tensor:
     """The largest Frobenius norm of the symbol on a frequency grid times the cosine factor: loose, and almost free.
 
         ‖A‖ ≤ max_{θ in grid} ‖F(θ)‖_F · Π_i 1 / cos(π (k_i - 1) / (2 N_i)),   N_i = ⌈oversampling · (k_i - 1)⌉ points per axis.
@@ -272,7 +280,7 @@ def frobenius_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
         0-d tensor in the dtype of the weight, at least float32. Upper bound, at most `√rank` times the factor above the norm,
         differentiable everywhere but at ties between frequencies.
 
-    Cost: `O(c² k^2d + N^d k^2d)`: no matrix of channels is decomposed or even formed.
+    Cost: `O(c² k^2d + N^d k^(d + 1))`: no matrix of channels is decomposed, and no symbol formed.
 
     Raises:
         ValueError: `oversampling` is no number above 1, or NaN or infinity in the weight.
@@ -288,12 +296,13 @@ def frobenius_grid(op: LinearOperator, *, oversampling: float = 8) -> Tensor:
 
     def formula(kernel: Tensor) -> Tensor:
         sizes, factor = _sampling(op, kernel, oversampling)
-        return _largest(kernel, sizes, _frobenius) * factor
+        return _largest_frobenius(kernel, sizes) * factor
 
     return _certified(op, formula)
 
 
-def absolute_sum(op: LinearOperator, *, ord: float = 2) -> Tensor:
+@on_kernel
+def absolute_sum(op: KernelOperator, *, ord: float = 2) -> Tensor:
     """Sums of absolute values: the operator norms between `ℓ1` and between `ℓ∞`, and their geometric mean.
 
         ‖A‖_1 = max_inputs Σ_outputs |K|,   ‖A‖_∞ = max_outputs Σ_inputs |K|,   ‖A‖_2 ≤ √(‖A‖_1 ‖A‖_∞)
@@ -336,7 +345,8 @@ def absolute_sum(op: LinearOperator, *, ord: float = 2) -> Tensor:
     return _certified(op, formula, factor=None if ord == 2 else 1.0)
 
 
-def padding(op: LinearOperator) -> Tensor:
+@on_kernel
+def padding(op: KernelOperator) -> Tensor:
     """What padding that repeats inputs adds: `‖A‖ ≤ padding · sup_θ ‖F(θ)‖₂`.
 
     - zero padding of any amount, and matrices: 1;
@@ -364,7 +374,7 @@ def padding(op: LinearOperator) -> Tensor:
 
 
 @full_precision
-def _certified(op: LinearOperator, formula: Callable[[Tensor], Tensor], factor: float | None = None) -> Tensor:
+def _certified(op: KernelOperator, formula: Callable[[Tensor], Tensor], factor: float | None = None) -> Tensor:
     """A bound that holds as computed, from its formula on the canonical kernel in float64 with entries of order one."""
     weight = op.weight
     _, scale = normalized(weight.detach())
@@ -398,7 +408,7 @@ def _rounded_up(value: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _sampling(op: LinearOperator, kernel: Tensor, oversampling: float, own_grid: bool = False) -> tuple[tuple[int, ...], float]:
+def _sampling(op: KernelOperator, kernel: Tensor, oversampling: float, own_grid: bool = False) -> tuple[tuple[int, ...], float]:
     """Points per axis, and the factor that makes their maximum a bound.
 
     Axes of a circular operator are sampled at its own frequencies if these are fewer, or if `own_grid`, without a factor.
@@ -418,17 +428,25 @@ def _sampling(op: LinearOperator, kernel: Tensor, oversampling: float, own_grid:
     return tuple(sizes), factor
 
 
-def _largest(kernel: Tensor, sizes: tuple[int, ...], values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The maximum over groups and a frequency grid of `values(kernel, theta)`, `(n, groups)`; differentiated at the winner."""
-    theta, _ = half_plane(sizes, kernel)
-    chunk = max(_CHUNK_BYTES // (64 * max(prod(kernel.shape[:3]), kernel[0, 0, 0].numel())), 1)
-    with torch.no_grad():
-        found = torch.cat([values(kernel, part) for part in theta.split(chunk)])
-    top = int(found.argmax())
-    where, group = divmod(top, found.shape[1])
+def _largest_frobenius(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The maximum of `‖F(θ)‖_F` over groups and a frequency grid; differentiated at the winner.
+
+    The entries of the symbol are polynomials whose squares add up, as do those of any others with the same `KᵀK` of entries ×
+    taps: of its triangular factor there are no more than taps.
+    """
+    if not sizes:
+        return torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()
+    taps = prod(kernel.shape[3:])
+    flat = kernel.detach().reshape(len(kernel), -1, taps)
+    room = 1 + 4 * _EPS * flat.shape[1] * taps**1.5
+    if flat.shape[1] > taps:
+        flat = torch.linalg.qr(flat, mode="r").R
+    found = grid_maxima(flat.reshape(len(kernel), 1, -1, *kernel.shape[3:]), sizes)
+    group = int(found.upper.argmax())
+    norm = found.upper[group] * room
     if not kernel.requires_grad:
-        return found[where, group]
-    return with_gradient(found[where, group], values(kernel[group : group + 1], theta[where : where + 1])[0, 0])
+        return norm
+    return with_gradient(norm, torch.linalg.vector_norm(symbol(kernel[group : group + 1], found.theta[group : group + 1])))
 
 
 def _largest_iterated(kernel: Tensor, sizes: tuple[int, ...], steps: int) -> Tensor:
@@ -437,10 +455,12 @@ def _largest_iterated(kernel: Tensor, sizes: tuple[int, ...], steps: int) -> Ten
     A value falls with every squaring. So what is, in float32 and with room for its rounding, below a final value drops out, and
     of the rest the final values are computed in float64.
     """
+    if sizes and min(kernel.shape[1:3]) == 1:  # of rank one: nothing is left to be squared away
+        return _largest_frobenius(kernel, sizes)
     theta, _ = half_plane(sizes, kernel)
     best, where, group = kernel.new_tensor(-1.0), 0, 0
     with torch.no_grad():
-        count = max(_CHUNK_BYTES // (64 * prod(kernel.shape[:3])), 1)
+        count = max(_CHUNK_BYTES // (64 * prod(kernel.shape[:3]) + 40 * prod(kernel.shape[3:])), 1)
         for start in range(0, len(theta), count):
             symbols = symbol(kernel, theta[start : start + count]).flatten(0, 1)
             symbols = symbols if sizes else symbols.real
@@ -679,18 +699,6 @@ def _row_of_power(kernel: Tensor, row: int, steps: int) -> Tensor:
         length = max(float(torch.linalg.vector_norm(x.detach())), 1e-150)
         x, logs = x / length, logs + log(length)
     return ((x.abs().sum().clamp(min=1e-300).log() + logs) / 2**steps).exp()
-
-
-def _frobenius(kernel: Tensor, theta: Tensor) -> Tensor:
-    """`‖F(θ)‖_F` of every group: `‖F‖_F² = e* (KᵀK) e` for the waves `e_t = exp(i t·θ)`, with `KᵀK` of size taps × taps."""
-    taps = kernel.reshape(len(kernel), prod(kernel.shape[1:3]), -1)
-    gram = taps.mT @ taps
-    delta = kernel.new_zeros(gram.shape[-1], 1, 1, *kernel.shape[3:])
-    delta.view(gram.shape[-1], -1).fill_diagonal_(1)
-    waves = symbol(delta, theta).flatten(1)  # (n, taps)
-    squares = sum(((part @ gram) * part).sum(-1) for part in (waves.real, waves.imag))
-    assert isinstance(squares, Tensor)
-    return squares.clamp(min=1e-300).sqrt().T
 
 
 def _norms(matrices: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ tells which `a` will do; then there is no search, and kernels of equal shape are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import cos, inf, pi
 
 import torch
 from torch import Tensor
 
+from .cells import angle_of, cells_at, tiling
 from .hermitian import below_, lanczos
-from .lattice import _angle, _at, _below, _tiling, calm
+from .lattice import _below, _covering, calm
 from .operators.symbols import Gram, product, trim
+from .single_row import suprema
 
 #: Krylov steps for an estimate of the norm of a kernel, and what it may lack; of a matrix, which has a single chance, more.
 _KRYLOV_STEPS, _MARGIN = 4, 1.02
@@ -50,14 +53,36 @@ def certificates(kernels: Tensor, pace: Tensor, depth: Tensor) -> tuple[Tensor, 
     kernels, _ = trim(
         kernels[left.to(kernels.device)].to("cpu" if kernels.device.type == "mps" else kernels.device, torch.float64)
     )
-    gram, degree = Gram(kernels), torch.tensor(kernels.shape[3:]).to(kernels) - 1
+    degree = torch.tensor(kernels.shape[3:]).to(kernels) - 1
+    if degree.numel() and min(kernels.shape[1:3]) == 1:
+        estimate[left], proven[left] = _of_rows(kernels, pace[left].clamp(min=_SLOWEST), depth[left])
+        return estimate, proven
+    gram = Gram(kernels)
     if gram.is_real:
         estimate[left], proven[left] = _of_matrices(gram.even.reshape(-1, gram.size, gram.size), gram.error)
-    else:
-        sample = _at(gram, _sample(degree), degree)
-        estimate[left] = _estimates(gram(sample.group, sample.centre), gram.groups, _KRYLOV_STEPS)
-        proven[left] = _covered(gram, degree, estimate[left], pace[left].clamp(min=_SLOWEST), depth[left])
+        return estimate, proven
+    sample = cells_at(_sample(degree), degree, gram.groups)
+    estimate[left] = _estimates(gram(sample.group, sample.centre), gram.groups, _KRYLOV_STEPS)
+
+    def inside(members: Tensor, goal: Tensor, angle: float) -> Tensor:
+        return _inside(gram.some(members.to(gram.even.device), goal.square().to(gram.even)), degree, angle)
+
+    proven[left] = _covered(estimate[left], pace[left].clamp(min=_SLOWEST), depth[left], inside)
     return estimate, proven
+
+
+def _of_rows(kernels: Tensor, pace: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimates and proofs for symbols with a single row, whose suprema are nearly as cheap to find."""
+    degree = torch.tensor(kernels.shape[3:]).to(kernels) - 1
+    coarse = suprema(kernels, 0.0, kernels.new_ones(len(kernels)), budget=0)
+
+    def inside(members: Tensor, goal: Tensor, angle: float) -> Tensor:
+        members = members.to(kernels.device)
+        budget = _MOST_SPLIT * tiling(degree, angle).number
+        return (suprema(kernels[members], 0.0, goal.to(kernels), budget=budget).upper < inf).cpu()
+
+    estimate = coarse.value.cpu()
+    return estimate, _covered(estimate, pace, depth, inside)
 
 
 def _sample(degree: Tensor) -> Tensor:
@@ -89,8 +114,11 @@ def _of_matrices(squares: Tensor, error: float) -> tuple[Tensor, Tensor]:
     return estimate, proven
 
 
-def _covered(gram: Gram, degree: Tensor, estimate: Tensor, pace: Tensor, depth: Tensor) -> Tensor:
-    """What the norms of the groups are proven not to exceed, at most 1, or infinity."""
+def _covered(estimate: Tensor, pace: Tensor, depth: Tensor, inside: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    """What the norms of the groups are proven not to exceed, at most 1, or infinity.
+
+    `inside(members, goal, angle)` tells which of these groups have a norm of at most their goal, tried by cells of this angle.
+    """
     proven = torch.full_like(estimate, inf)
     promising = estimate < 1 - depth / 4
     for taken in (torch.minimum(_MARGIN * estimate, 1 - depth), 1 - depth):  # the estimate can be far too low
@@ -100,8 +128,7 @@ def _covered(gram: Gram, degree: Tensor, estimate: Tensor, pace: Tensor, depth: 
         angle = _WIDEST * 2 ** ((angle / _WIDEST).log2() * 4).floor().div(4).clamp(max=0)  # few values, so that many are equal
         for value in angle[promising].unique().tolist():
             members = (promising & (angle == value)).nonzero().squeeze(1)
-            scaled = gram.some(members.to(gram.even.device), goal[members].square().to(gram.even))
-            passed = members[_inside(scaled, degree, value)]
+            passed = members[inside(members, goal[members], value)]
             proven[passed] = goal[passed]
         promising &= (proven == inf) & (taken < 1 - depth)
     return proven
@@ -110,10 +137,10 @@ def _covered(gram: Gram, degree: Tensor, estimate: Tensor, pace: Tensor, depth: 
 def _inside(gram: Gram, degree: Tensor, angle: float) -> Tensor:
     """For which groups the norm is proven to be at most 1, by cells of this angle that are split where they fail."""
     quick = gram.single()
-    cells = _tiling(gram, degree, angle)
+    cells = _covering(gram, degree, angle)
     budget = _MOST_SPLIT * torch.bincount(cells.group, minlength=gram.groups)
     while True:
-        level = cos(_angle(degree, cells.radius)) ** 2
+        level = cos(angle_of(degree, cells.radius)) ** 2
         cells = cells.at(~_below(quick, quick, cells, level, _ROUNDING_SHARE * (1 - level)))
         budget -= 2 ** degree.numel() * torch.bincount(cells.group, minlength=gram.groups)
         cells = cells.at((budget >= 0)[cells.group])

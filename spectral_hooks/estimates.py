@@ -10,11 +10,12 @@ from math import inf, prod, sqrt
 from typing import Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .krylov import matrix_norm, with_gradient
 from .lattice import grid_norm, normalized
-from .operators.base import LinearOperator, full_precision
+from .operators.arguments import on_kernel
+from .operators.base import KernelOperator, LinearOperator
 
 
 class Power(NamedTuple):
@@ -26,7 +27,8 @@ class Power(NamedTuple):
 
 @overload
 def power_iteration(
-    op: LinearOperator,
+    op: LinearOperator | nn.Module,
+    /,
     *,
     steps: int = ...,
     start: Tensor | None = ...,
@@ -37,7 +39,8 @@ def power_iteration(
 
 @overload
 def power_iteration(
-    op: LinearOperator,
+    op: LinearOperator | nn.Module,
+    /,
     *,
     steps: int = ...,
     start: Tensor | None = ...,
@@ -46,9 +49,9 @@ def power_iteration(
 ) -> Power: ...
 
 
-@full_precision
+@on_kernel
 def power_iteration(
-    op: LinearOperator,
+    op: KernelOperator,
     *,
     steps: int = 100,
     start: Tensor | None = None,
@@ -129,7 +132,8 @@ def power_iteration(
     return Power(norm, vector) if return_vector else norm
 
 
-def tensor_norm(op: LinearOperator, *, steps: int = 100, starts: int = 8, generator: torch.Generator | None = None) -> Tensor:
+@on_kernel
+def tensor_norm(op: KernelOperator, *, steps: int = 100, starts: int = 8, generator: torch.Generator | None = None) -> Tensor:
     """The root of the number of taps times the spectral norm of the kernel as a tensor, as far as it is found.
 
         ‖A‖ ≤ √(k_1 ⋯ k_d) · ‖K‖_σ,   ‖K‖_σ = max |Σ K[i, j, t] u_i v_j Π_a w^a_{t_a}| over complex unit vectors
@@ -228,7 +232,8 @@ def _unit(vector: Tensor) -> Tensor:
     return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=1e-300)
 
 
-def reshaped_norm(op: LinearOperator) -> Tensor:
+@on_kernel
+def reshaped_norm(op: KernelOperator) -> Tensor:
     """The largest singular value of the weight reshaped to a matrix: what torch's and Keras' spectral normalization divide by.
 
         ‖W‖₂,   W = weight.flatten(1), of shape `out × (in / groups · Π k)`; for transposed convolutions dimension 1 comes first.

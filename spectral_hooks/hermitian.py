@@ -118,8 +118,11 @@ def below(rows: Rows, level: float, *, error: float, slack: float, growth: float
         slack: the most that rounding may take, `s ≤ slack`; eigenvalues closer to the level are not proven below.
         growth: that of matrices like these, to choose `s`; 0 to guess.
     """
+    if not level > 0:  # no factor can show that a matrix is zero
+        none = torch.zeros(rows.number, dtype=torch.bool, device=rows.first().device)
+        return Verdict(none, none, 1.0)
     if rows.size == 1:
-        proven = rows.block(0, 1)[:, 0, 0].real + error + slack < level
+        proven = rows.block(0, 1)[:, 0, 0].real < level * (1 - 4 * torch.finfo(rows.dtype).eps) - error
         return Verdict(proven, torch.zeros_like(proven), 1.0)
     rounding = _rounding(rows.size, rows.dtype)
     error += _shifting(rows.size, rows.dtype) * level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from math import inf, prod
 
 import torch
@@ -12,7 +13,7 @@ from . import polynomial
 from .group_norms import each, grid_norms
 from .krylov import largest
 from .lattice import lattice_norm
-from .operators.base import LinearOperator, float32_is_kept
+from .operators.base import KernelOperator, float32_is_kept
 from .operators.dense import DenseOperator
 from .operators.symbols import half_plane, product, symbol
 from .spectrum import spectral_norm
@@ -25,12 +26,16 @@ _STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
 _LARGE, _FEW, _FEW_RESTARTS = 384, 12, 4
 #: Matrices of this size or more are clipped by products alone on accelerators, if that is seen to be off by at most so much.
 _PRODUCTS_FROM, _ACCURATE = 32, 5e-5
+#: Kernels of more taps go through FFTs, and symbols of up to this size are then measured as they come.
+_FEW_TAPS, _SMALL_SYMBOLS = 100, 16
+#: Levels so far below the norm are reached by a decomposition: the difference of a matrix and its excess would be rounding.
+_CANCELS = 1e-4
 #: Bytes of symbols held at once.
 _CHUNK_BYTES = 1 << 25
 
 
 def clip_kernel(
-    op: LinearOperator, kernel: Tensor, max_norm: float, rounds: int, *, stretch: bool = True
+    op: KernelOperator, kernel: Tensor, max_norm: float, rounds: int, *, stretch: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The kernel after `rounds` on the dual problem, nearly inside, and per group the largest norm of the original on the grid.
 
@@ -43,25 +48,27 @@ def clip_kernel(
         level = max_norm / op.lattice_factor
         matrices = kernel.reshape(kernel.shape[:3])
         excess, peak = _few_over(matrices, level) or excess_over(matrices, level)[::2]
-        return kernel - excess.reshape(kernel.shape), peak
+        if bool((level > peak * _CANCELS).all()):
+            return kernel - excess.reshape(kernel.shape), peak
+        u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+        return (u * sigma.clamp(max=level).unsqueeze(-2) @ vh).reshape(kernel.shape), peak
     sizes, level = _clip_grid(op, kernel, max_norm)
-    theta, counts = half_plane(sizes, kernel)
-    counts = counts / prod(sizes)
-    crop = _cropping(op, kernel, theta, counts)
+    grid = _FrequencyGrid(sizes, kernel)
+    counts, crop = grid.shares, _cropping(op, kernel, grid)
 
     def step_length(change: Tensor, cropped: Tensor) -> Tensor:
         """Barzilai & Borwein's: large where the change lies at few frequencies, since a crop spreads those over all."""
         spread = _squares(cropped)
         return torch.where(spread > 0, counts @ torch.view_as_real(change).square().flatten(2).sum(2) / spread, 1.0)
 
-    excess, sums, peak = excess_over(symbol(kernel, theta), level)
+    excess, sums, peak = excess_over(grid.symbols(kernel), level)
     if not bool((peak > level).any()):  # what little the kernel is outside lies between these frequencies
         return kernel, peak
     tau = step_length(excess, crop(excess))
     dual, nuclear = excess.mul_(each(tau)), tau * (counts @ sums)
     weight = kernel - crop(dual)
     for _ in range(rounds - 1):
-        excess, sums, _ = excess_over(symbol(weight, theta).mul_(each(tau)).add_(dual), tau * level)
+        excess, sums, _ = excess_over(grid.symbols(weight).mul_(each(tau)).add_(dual), tau * level)
         change, growth = excess.sub_(dual), counts @ sums - nuclear
         cropped = crop(change)
         length = _squares(cropped)
@@ -85,33 +92,90 @@ def _squares(kernel: Tensor) -> Tensor:
     return kernel.square().flatten(1).sum(1)
 
 
-def grid_symbols(op: LinearOperator, kernel: Tensor) -> Tensor:
+def grid_symbols(op: KernelOperator, kernel: Tensor) -> Tensor:
     """The symbols of the kernel at the frequencies of the clip's grid; of a matrix, itself."""
     if prod(kernel.shape[3:]) == 1:
         return kernel.reshape(1, *kernel.shape[:3])
-    return symbol(kernel, half_plane(_clip_sizes(op, kernel), kernel)[0])
+    return _FrequencyGrid(_clip_sizes(op, kernel), kernel).symbols(kernel)
 
 
-def crop_kernel(op: LinearOperator, kernel: Tensor, symbols: Tensor) -> Tensor:
+def crop_kernel(op: KernelOperator, kernel: Tensor, symbols: Tensor) -> Tensor:
     """The kernel, of the shape and the taps of `kernel`, nearest to what has these symbols on the clip's grid."""
     if prod(kernel.shape[3:]) == 1:
         return symbols.reshape(kernel.shape)
-    sizes = _clip_sizes(op, kernel)
-    theta, counts = half_plane(sizes, kernel)
-    return _cropping(op, kernel, theta, counts / prod(sizes))(symbols)
+    return _cropping(op, kernel, _FrequencyGrid(_clip_sizes(op, kernel), kernel))(symbols)
 
 
-def _cropping(op: LinearOperator, kernel: Tensor, theta: Tensor, counts: Tensor) -> Callable[[Tensor], Tensor]:
-    """The adjoint of the symbol on a grid: the mean over all frequencies of `Re(exp(i t·θ) Y(θ))`, at the taps that exist."""
-    angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
-    cos, sin = angles.cos() * counts, angles.sin() * counts
+class _FrequencyGrid:
+    """Half of the frequencies `2π j / sizes`: symbols there, and their adjoint, which gives back a kernel.
+
+    For few taps a matrix product, which leaves the symbols as they are needed; its matrices are of size taps × frequencies, so
+    for many taps an FFT.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], kernel: Tensor) -> None:
+        self.sizes, self.taps = sizes, tuple(kernel.shape[3:])
+        self.axes = tuple(range(len(sizes)))
+        self.fast = prod(self.taps) > _FEW_TAPS and all(n >= k for n, k in zip(sizes, self.taps, strict=True))
+        if self.fast:
+            self.half = (*sizes[:-1], sizes[-1] // 2 + 1)
+            counts = torch.full((self.half[-1],), 2.0).to(kernel)
+            counts[0] = 1
+            if sizes[-1] % 2 == 0:
+                counts[-1] = 1
+            counts = counts.expand(self.half).flatten()
+        else:
+            theta, counts = half_plane(sizes, kernel)
+            self._theta = theta
+        #: What share of all frequencies each stands for.
+        self.shares = counts / prod(sizes)
+
+    def symbols(self, kernel: Tensor) -> Tensor:
+        """`F(θ)` of every group: `(frequencies, groups, rows, columns)`."""
+        if not self.fast:
+            return symbol(kernel, self._theta)
+        last = tuple(range(-len(self.sizes), 0))
+        return self._transform(kernel).movedim(last, self.axes).flatten(0, len(self.sizes) - 1).contiguous()
+
+    def _transform(self, kernel: Tensor) -> Tensor:
+        """The same, with the frequencies last."""
+        return torch.fft.rfftn(kernel, self.sizes, tuple(range(-len(self.sizes), 0)))
+
+    def adjoint(self, symbols: Tensor) -> Tensor:
+        """The mean over all frequencies of `Re(exp(i t·θ) Y(θ))`, at every tap `t`: `(groups, rows, columns, *taps)`."""
+        if not self.fast:
+            flat, (cos, sin) = symbols.flatten(1), self._waves
+            return (cos @ flat.real - sin @ flat.imag).T.reshape(*symbols.shape[1:], *self.taps)
+        found = torch.fft.irfftn(symbols.unflatten(0, self.half), self.sizes, self.axes)
+        for axis, k in enumerate(self.taps):
+            found = found.narrow(axis, 0, k)
+        return found.movedim(self.axes, tuple(range(-len(self.sizes), 0)))
+
+    @cached_property
+    def _waves(self) -> tuple[Tensor, Tensor]:
+        angles = product([torch.arange(k) for k in self.taps], self._theta) @ self._theta.T
+        return angles.cos() * self.shares, angles.sin() * self.shares
+
+    def norms(self, kernel: Tensor) -> Tensor:
+        """The largest norm of each group on the grid, up to rounding: from the symbols where they are small."""
+        small = min(kernel.shape[1:3])
+        if not self.fast or small > _SMALL_SYMBOLS:
+            return grid_norms(kernel, self.sizes, screen=torch.float32).to(kernel)
+        if small == 1:
+            # group by group, and as they lie: a copy in another order would take longer
+            squares = [torch.view_as_real(self._transform(group)).square().sum((0, 1, -1)).amax() for group in kernel]
+            return torch.stack(squares).sqrt()
+        symbols = self.symbols(kernel)
+        symbols = symbols.mT if symbols.shape[-2] > symbols.shape[-1] else symbols
+        chunk = max(_CHUNK_BYTES // (16 * symbols[0].numel()), 1)
+        tops = [torch.linalg.eigvalsh(part @ part.mH)[..., -1].amax(0) for part in symbols.split(chunk)]
+        return torch.stack(tops).amax(0).clamp(min=0).sqrt()
+
+
+def _cropping(op: KernelOperator, kernel: Tensor, grid: _FrequencyGrid) -> Callable[[Tensor], Tensor]:
+    """The adjoint of the symbol on a grid, at the taps that exist."""
     support = (op.with_weight(torch.ones_like(op.weight)).canonical() != 0).to(kernel.device)
-
-    def crop(symbols: Tensor) -> Tensor:
-        flat = symbols.flatten(1)
-        return (cos @ flat.real - sin @ flat.imag).T.reshape(kernel.shape) * support
-
-    return crop
+    return lambda symbols: grid.adjoint(symbols) * support
 
 
 def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
@@ -120,12 +184,12 @@ def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int
     A few rounds correct too little, most of all between the frequencies of their grid. Going on in the same direction costs far
     less than scaling everything.
     """
+    grid = _FrequencyGrid(sizes, kernel)
     best, shortest = kernel, _squares(kernel) + inf
     nearing = torch.ones_like(shortest, dtype=torch.bool)
     for t in _STRETCHES:
         trial = kernel - t * correction
-        norm = grid_norms(trial, sizes, screen=torch.float32).to(kernel)
-        trial = trial * each((level / norm).clamp(max=1), kernel.ndim - 1)
+        trial = trial * each((level / grid.norms(trial)).clamp(max=1), kernel.ndim - 1)
         distance = _squares(trial - kernel)
         nearing = nearing & (distance < shortest)
         if not bool(nearing.any()):
@@ -134,7 +198,7 @@ def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int
     return best
 
 
-def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
+def _clip_grid(op: KernelOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
     """Frequencies per axis for the clip, and the level to clip at there."""
     sizes = _clip_sizes(op, kernel)
     if op.frequency_grid is not None:
@@ -146,7 +210,7 @@ def _clip_grid(op: LinearOperator, kernel: Tensor, max_norm: float) -> tuple[tup
     return sizes, max_norm * lattice_norm(kernel).value / norm
 
 
-def _clip_sizes(op: LinearOperator, kernel: Tensor) -> tuple[int, ...]:
+def _clip_sizes(op: KernelOperator, kernel: Tensor) -> tuple[int, ...]:
     taps = tuple(kernel.shape[3:])
     oversampling = _OVERSAMPLING[min(kernel.shape[1:3]) > 32]
     sizes = tuple(max(oversampling * (k - 1), 1) for k in taps)
@@ -200,6 +264,11 @@ def excess_over(blocks: Tensor, level: float | Tensor) -> tuple[Tensor, Tensor, 
 
 def _by_eigenvalues(blocks: Tensor, level: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Write the excess to `out`; its sum and the largest value for each block."""
+    if blocks.shape[-2] == 1:  # a row is its own singular vector
+        sigma = torch.linalg.vector_norm(blocks, dim=-1)
+        over = (sigma - level[:, None]).clamp(min=0)
+        torch.mul(blocks, (over / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)).unsqueeze(-1), out=out)
+        return over.sum(-1), sigma[..., -1]
     squared, u = torch.linalg.eigh(blocks @ blocks.mH)
     sigma = squared.clamp(min=0).sqrt()
     over = (sigma - level[:, None]).clamp(min=0)

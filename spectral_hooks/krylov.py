@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import frexp, inf, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .operators.base import LinearOperator
+from .lattice import normalized
+from .operators.base import KernelOperator, LinearOperator
+from .operators.composed import ComposedOperator
 from .operators.dense import DenseOperator
 
 #: Restarts after which a decomposition of a matrix of up to some size is cheaper.
@@ -41,7 +43,8 @@ def largest(
 
     A basis `V` grows by the residuals `Aᵀu - σv` of its best vectors; the singular values of `A V` approach those of `A`
     from below. The block is wider than `k`, so repeated singular values (every group of a depthwise layer, every position
-    of a 1×1 convolution) are all found.
+    of a 1×1 convolution) are all found. It runs on the weight over a power of two, so that nothing that is squared on the way
+    leaves the range of the dtype, whatever the scale of the weight.
 
     Args:
         op: a finite operator.
@@ -56,7 +59,8 @@ def largest(
         RuntimeError: not converged after `max_restarts`.
     """
     dtype = torch.promote_types(op.dtype, torch.float32)
-    op = op.to(dtype)
+    op, scale = _of_order_one(op, dtype)
+    above = above / scale
     size = prod(op.in_shape)
     generator = generator or torch.Generator().manual_seed(0)
 
@@ -86,7 +90,7 @@ def largest(
                 # off by an angle, a vector has a value off by its square, over the distance to the next; which may be overrated
                 error = torch.minimum(error, 30 * error**2 / (s[0] - s[1]).clamp(min=torch.finfo(dtype).tiny))
             if s[0] == 0 or bool(((error <= tol * s[0]) | (s[:k] + error <= above)).all()) or basis.shape[1] == size:
-                return Triples(s[:k], left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
+                return Triples(s[:k] * scale, left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
             if basis.shape[1] + block > columns:
                 break
             fresh = _orthonormal(residual, basis)[:, : size - basis.shape[1]]
@@ -95,6 +99,17 @@ def largest(
         fresh = _orthonormal(residual, basis)[:, : size - keep]
         basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
     raise RuntimeError(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts; raise `tol`.")
+
+
+def _of_order_one(op: LinearOperator, dtype: torch.dtype) -> tuple[LinearOperator, float]:
+    """The operator over a power of two, with a weight, or weights, of order one."""
+    if isinstance(op, ComposedOperator):
+        factors, scales = zip(*(_of_order_one(factor, dtype) for factor in op.factors), strict=True)
+        return ComposedOperator(factors), prod(scales)
+    if isinstance(op, KernelOperator):
+        weight, scale = normalized(op.weight.detach())
+        return op.with_weight(weight.to(op.device, dtype)), scale
+    return op.to(dtype), 1.0
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
@@ -122,6 +137,8 @@ def matrix_norm(matrix: Tensor) -> Tensor:
 
 def _top_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors `u`, `v` with `u* M v = ‖M‖`, up to rounding."""
+    # the vectors are the same, and the squares of the entries are in range
+    matrix = matrix * 2.0 ** min(-frexp(float(matrix.abs().amax()))[1], 1000)
     if min(matrix.shape) <= _SMALL:
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, 0], right[0].conj()
@@ -144,4 +161,5 @@ def _top_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:
     """The `value`, bit for bit, with the gradient of an expression that equals it up to rounding."""
-    return differentiable + (value - differentiable).detach()
+    # where both overflow there is no difference
+    return differentiable + torch.nan_to_num(value - differentiable, nan=0.0, posinf=inf, neginf=-inf).detach()

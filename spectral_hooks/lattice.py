@@ -4,10 +4,11 @@ By M. Riesz's lemma on the trigonometric polynomial `‖F(θ) v‖²`, of degree
 `φ(θ) = arccos(‖F(θ)‖ / S)` obeys `|φ(θ) - φ(θ')| ≤ Σ_i (k_i - 1) |θ_i - θ'_i| / 2`. So a cell of frequencies whose points are at
 most `a` from its centre, in that metric, holds the supremum only if `‖F(centre)‖ ≥ S cos(a)`: when `‖F(centre)‖ < U cos(a)` for
 the centres of cells that cover the torus, `S ≤ U`. Cells that pass are dropped, the others split, until none is left for
-`U = (1 + rtol) L`, with `L` the largest norm seen.
+`U = (1 + rtol) L`, with `L` the largest norm seen. Where no eigenvalue of `F F*` is below `m`, the polynomial lies between `m`
+and `S²`, and the supremum needs `‖F(centre)‖² ≥ S² cos²(a) + m sin²(a)`: far fewer cells for a spectrum that is nearly flat.
 
-The metric is a sum over the axes, and its balls in two dimensions are diamonds. They tile the plane, and take half as many
-evaluations as squares: centres form a checkerboard, and a diamond splits into four.
+That speaks of the supremum. Any other norm, as the largest on a grid that misses the supremum, is excluded from a cell only by
+`φ` itself: its points have norms of at most `U cos(φ_U(centre) - a)`, with `φ_U = arccos(‖F‖ / U)` and a proven `U ≥ S`.
 
 Three things keep it cheap. `L` is nearly the supremum from the start, by climbing from the best of a sample. The size of the
 first cells is chosen by that sample: on a flat spectrum large cells would all be tested in vain. And a test is one Cholesky
@@ -18,22 +19,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from math import acos, ceil, cos, floor, inf, log2, pi, prod, sqrt
+from math import acos, cos, floor, inf, log2, pi, prod, sin, sqrt
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from .cells import Cells, angle_of, cells_at, tiling
 from .hermitian import SMALL, Rows, below, below_, exact_top, norms, top
 from .operators.base import float32_is_kept
 from .operators.symbols import Gram, half_plane, product, symbol, trim
+from .single_row import grid_maxima, suprema
 
-#: Bytes of Gram matrices held at once: few enough for caches, and for allocators to use the same memory again.
+#: Bytes of Gram matrices and waves held at once: few enough for caches, and for allocators to use the same memory again.
 _CHUNK_BYTES = 1 << 23
 #: Cells taken together even if they need more.
 _FEWEST = 12
-#: Evaluations, times the matrix size, spent on proving a norm below a target that is closer than `rtol`.
-_CLOSE_CALL_BUDGET = 1 << 15
+#: What may be spent on proving a norm below a target that is closer than `rtol`: evaluations times the matrix size, and for
+#: small matrices times its square.
+_CLOSE_CALL_BUDGET, _SMALL_CLOSE_CALL_BUDGET = 1 << 15, 1 << 21
+#: A norm in float32 is looked at again if it exceeds the target by no more than this.
+_DOUBTFUL = 1e-4
 #: The angle of the cells whose centres are the sample, and of those that judge what has room to spare.
 _SAMPLED, _JUDGED = 0.6, 0.7
 #: Frequencies from which to climb, and steps.
@@ -48,8 +54,12 @@ _LEADERS = 8
 _WIDEST = 0.8
 #: The share of a cell's room that rounding in float32 may take.
 _ROUNDING_SHARE = 0.6
-#: Frequencies of a fine grid looked at for a good start, and the angle of the cells that judge many of them at once.
-_STARTS, _COARSE = 64, 0.2
+#: Frequencies of a fine grid looked at for a good start, and the angles of cells that may judge many of them at once.
+_STARTS, _COARSE = 64, (0.2, 0.1, 0.05)
+#: How far above the largest norm met the supremum is tried to be proven, for that.
+_ABOVE_PEAK = 1e-3
+#: Distances between frequencies held at once.
+_DISTANCES = 1 << 20
 #: No cell is halved more often: the angle is then below the rounding.
 _MOST_LEVELS = 40
 #: Up to this many rows or columns the work is many short calls, and one thread is as fast as two.
@@ -90,38 +100,6 @@ class LatticeNorm(NamedTuple):
     theta: Tensor
 
 
-class Cells(NamedTuple):
-    """Cells of one size: groups and centres.
-
-    `radius` is their extent along each axis: a diamond in the first two axes, an interval in the third.
-    """
-
-    group: Tensor
-    centre: Tensor
-    radius: Tensor
-
-    def at(self, index: Tensor) -> Cells:
-        """The cells with these indices, or under this mask."""
-        return Cells(self.group[index], self.centre[index], self.radius)
-
-    def split(self) -> Cells:
-        """Each cell split into `2^d` of half the radius."""
-        offsets = _split_pattern(self.radius.numel(), self.radius) * self.radius / 2
-        centre = (self.centre.unsqueeze(1) + offsets).flatten(0, 1)
-        return Cells(self.group.repeat_interleave(len(offsets)), centre, self.radius / 2)
-
-
-def _split_pattern(dims: int, like: Tensor) -> Tensor:
-    """Where the parts of a cell of radius 2 have their centres, `(2^d, d)`."""
-    ends = like.new_tensor([[-1.0], [1.0]])
-    if dims == 1:
-        return ends
-    diamond = like.new_tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])
-    if dims == 2:
-        return diamond
-    return torch.cat([diamond.repeat_interleave(2, dim=0), ends.repeat(4, 1)], dim=1)
-
-
 class Peak(NamedTuple):
     """The largest norm seen so far, and where."""
 
@@ -157,18 +135,20 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     if not kernel.any():
         return LatticeNorm(0.0, 0.0, 0, kernel.new_zeros(taps))
     kernel, axes = trim(kernel)
-    gram = Gram(kernel)
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
-    goal = None if target is None else target / scale
+    goal = None if target is None else min(target / scale, 1e300)  # infinite is what is not proven
     if goal is not None and goal >= _at_most(kernel):
         found = LatticeNorm(goal, 0.0, 0, degree)
+    elif degree.numel() and min(kernel.shape[1:3]) == 1:
+        found = _of_rows(kernel, rtol, goal)
     elif degree.numel():
-        found = _search(gram, degree, rtol, goal, limit / scale)
+        found = _search(Gram(kernel), degree, rtol, goal, limit / scale)
     elif goal is not None:
-        proven = _below(gram, gram, _at(gram, degree[None], degree), goal**2, _ROUNDING_SHARE * goal**2).all()
+        gram = Gram(kernel)
+        proven = _below(gram, gram, cells_at(degree[None], degree, gram.groups), goal**2, _ROUNDING_SHARE * goal**2).all()
         found = LatticeNorm(goal if proven else inf, 0.0, 0, degree)
     else:
-        found = _largest_of(gram, degree[None])
+        found = _largest_of(Gram(kernel), degree[None])
     theta = kernel.new_zeros(taps)
     theta[axes] = found.theta
     return LatticeNorm(found.upper * scale, found.value * scale, found.group, theta)
@@ -183,18 +163,29 @@ def surely_below(kernel: Tensor, level: float) -> Tensor:
     """
     kernel, scale = normalized(kernel.detach())
     proven = (kernel == 0).flatten(1).all(1)
-    kernel, _ = trim(kernel)
+    left = ~proven
+    if not left.any():
+        return proven
+    kernel, _ = trim(kernel[left])
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
+    level = min(level / scale, 2 * _at_most(kernel))
+    if degree.numel() and min(kernel.shape[1:3]) == 1:
+        proven[left] = suprema(kernel, 0.0, kernel.new_full((len(kernel),), level), budget=0).upper <= level
+        return proven
     gram = Gram(kernel)
-    cells = _tiling(gram, degree, _JUDGED) if degree.numel() else _at(gram, degree[None], degree)
-    level = (min(level / scale, 2 * _at_most(kernel)) * cos(_angle(degree, cells.radius))) ** 2
+    cells = _covering(gram, degree, _JUDGED) if degree.numel() else cells_at(degree[None], degree, gram.groups)
+    squared = (level * cos(angle_of(degree, cells.radius))) ** 2
     quick = gram if gram.is_real else gram.single()
-    return proven | _below(quick, gram, cells, level, 0.1 * level).unflatten(0, (gram.groups, -1)).all(1)
+    proven[left] = _below(quick, gram, cells, squared, 0.1 * squared).unflatten(0, (gram.groups, -1)).all(1)
+    return proven
 
 
 @calm
 def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = torch.float64) -> LatticeNorm:
     """The largest norm of the symbol over the full frequency grid of `sizes`: exact for a circular convolution.
+
+    `value` is the norm at one of these frequencies; no other has a norm above `upper`, which exceeds `value` by rounding only: by
+    some 1e-10 of it, for kernels of usual sizes.
 
     Args:
         kernel: canonical kernel `(groups, rows, columns, *taps)`.
@@ -205,10 +196,14 @@ def grid_norm(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = t
         ValueError: the kernel holds NaN or infinity.
     """
     kernel, scale = normalized(kernel.detach())
-    theta, _ = half_plane(sizes, kernel)
     if not kernel.any():
-        return LatticeNorm(0.0, 0.0, 0, theta[0])
+        return LatticeNorm(0.0, 0.0, 0, kernel.new_zeros(len(sizes)))
     degree = torch.tensor(kernel.shape[3:]).to(kernel) - 1
+    if degree.numel() and min(kernel.shape[1:3]) == 1:
+        rows = grid_maxima(kernel, sizes)
+        group = int(rows.value.argmax())
+        return LatticeNorm(float(rows.upper.amax()) * scale, float(rows.value[group]) * scale, group, rows.theta[group])
+    theta, _ = half_plane(sizes, kernel)
     few_large = len(theta) <= _STARTS and kernel.shape[0] == 1 and min(kernel.shape[1:3]) > 2 * SMALL
     if screen == torch.float32 and few_large and float32_is_kept():
         found = _closer(kernel, _largest_of(Gram(kernel.float()), theta))
@@ -227,7 +222,7 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
         raise ValueError("`weight` is on the meta device and has no values: materialize the model first.")
     # Apple's GPUs have no float64
     kernel = kernel.to("cpu" if kernel.device.type == "mps" else kernel.device, torch.float64)
-    largest = float(kernel.abs().amax())
+    largest = float(kernel.abs().amax()) if kernel.numel() else 0.0
     if not largest < float("inf"):
         raise ValueError("`weight` contains NaN or infinity: look at the training step before; the weight is left as it is.")
     scale = 2.0 ** floor(log2(largest)) if largest else 1.0
@@ -239,35 +234,64 @@ def _at_most(kernel: Tensor) -> float:
     return 1.001 * float(torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()) * sqrt(prod(kernel.shape[3:]))
 
 
+def _of_rows(kernel: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
+    """That of a symbol with a single row."""
+    goals = None if goal is None else kernel.new_full((len(kernel),), goal)
+    found = suprema(kernel, rtol, goals, together=goal is None)
+    group = int(found.value.argmax())
+    return LatticeNorm(float(found.upper.amax()), float(found.value[group]), group, found.theta[group])
+
+
 def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None, limit: float) -> LatticeNorm:
     """Branch and bound."""
+    lowest, highest = gram.extent()
+    low, high = float(lowest.amin()), float(highest.amax())
+    if goal is not None and high <= goal**2:
+        return LatticeNorm(goal, 0.0, 0, torch.zeros_like(degree))
     quick = gram.single() if rtol > 1e-4 else gram
-    sample = _tiling(gram, degree, _SAMPLED)
+    sample = _covering(gram, degree, _SAMPLED)
     squared = torch.cat([norms(quick(p.group, p.centre), steps=_KRYLOV_STEPS) for p in _chunks(quick, sample)])
     best = Peak(0.0, 0, sample.centre[0]).or_at(squared, sample)
 
     def bound() -> float:
         return best.value * (1 + rtol) if goal is None else goal
 
+    def settled() -> bool:
+        return high <= bound() ** 2
+
     def hopeless() -> bool:
-        return best.value > goal if goal is not None else bound() > limit
+        nonlocal best
+        if goal is None:
+            return bound() > limit
+        if quick is not gram and goal < best.value <= goal * (1 + _DOUBTFUL):
+            best = best._replace(value=_largest_of(gram, best.theta[None]).value)  # in float64
+        return best.value > goal
 
     if hopeless():
         return LatticeNorm(inf, *best)
-    if rtol < _WITHIN_SAMPLE:
+    if rtol < _WITHIN_SAMPLE and not settled():
         best = _climb(quick, degree, sample.at(squared.topk(min(_CLIMBERS, len(squared))).indices), best, least=0.0)
-    finest = acos(1 / (1 + rtol))
-    ratios = (squared.sqrt() / bound()).tolist()
-    cells = _tiling(gram, degree, _first_angle(ratios, finest, degree.numel()))
+
+    def above_low(norm: float) -> float:
+        """The cosine of the largest angle at which a norm may be that of a cell's centre."""
+        return sqrt(max(norm**2 - low, 0.0) / (bound() ** 2 - low))
+
+    if not settled():
+        finest = acos(min(above_low(bound() / (1 + rtol)), 1 - 1e-15))
+        ratios = [above_low(norm) for norm in squared.sqrt().tolist()]
+        cells = _covering(gram, degree, _first_angle(ratios, finest, degree.numel()))
     evaluations = 0
+    budget = max(_CLOSE_CALL_BUDGET // gram.size, _SMALL_CLOSE_CALL_BUDGET // gram.size**2)
     for _ in range(_MOST_LEVELS):
         if hopeless():
             return LatticeNorm(inf, *best)
+        if settled():
+            break
         evaluations += len(cells.group)
-        if goal is not None and goal < best.value * (1 + rtol) and evaluations * gram.size > _CLOSE_CALL_BUDGET:
+        if goal is not None and goal < best.value * (1 + rtol) and evaluations > budget:
             return LatticeNorm(inf, *best)
-        angle = min(_angle(degree, cells.radius), pi / 2)
-        level = (bound() * cos(angle)) ** 2
+        angle = min(angle_of(degree, cells.radius), pi / 2)
+        level = (bound() * cos(angle)) ** 2 + low * sin(angle) ** 2
         kept = ~_below(quick, gram, cells, level, _ROUNDING_SHARE * (bound() ** 2 - level))
         if not kept.any():
             break
@@ -277,8 +301,10 @@ def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None, limit: 
         cells = cells.split()
     else:
         raise RuntimeError("the branch and bound did not end; please report this weight.")
+    if goal is not None:
+        return LatticeNorm(goal, *best)
     found = _largest_of(gram, best.theta[None])
-    return found._replace(upper=max(found.value, best.value) * (1 + rtol) if goal is None else goal)
+    return found._replace(upper=max(found.upper, min(max(found.value, best.value) * (1 + rtol), sqrt(high))))
 
 
 def _below(quick: Gram, gram: Gram, cells: Cells, level: float, slack: float) -> Tensor:
@@ -343,7 +369,7 @@ def _climb(gram: Gram, degree: Tensor, cells: Cells, best: Peak, least: float | 
 
 def _largest_of(gram: Gram, theta: Tensor) -> LatticeNorm:
     """The largest norm at these frequencies: `upper` exceeds it by rounding only; in float32 it is no proof."""
-    cells = _at(gram, theta, theta.new_zeros(theta.shape[1]))
+    cells = cells_at(theta, theta.new_zeros(theta.shape[1]), gram.groups)
     some = cells.at(torch.arange(0, len(cells.group), len(cells.group) // _STARTS + 1))
     steps = _FEW_STEPS if gram.size <= 128 else _KRYLOV_STEPS  # a bad start costs a factorization of every large matrix
     best = Peak(0.0, 0, theta[0]).or_at(top(gram(some.group, some.centre), steps=steps)[0], some)
@@ -392,52 +418,62 @@ def _closer(kernel: Tensor, found: LatticeNorm) -> LatticeNorm:
 
 
 def _promising(gram: Gram, degree: Tensor, theta: Tensor) -> Tensor:
-    """The frequencies of a fine grid at which its largest norm can be, judged by cells of the torus that hold many of them."""
+    """The frequencies of a fine grid at which its largest norm can be, judged by cells of the torus that hold many of them.
+
+    With a proven `U ≥ sup ‖F‖`, all norms in a cell are at most `U cos(arccos(‖F(centre)‖ / U) - a)`. That is below `L`, a norm
+    that the grid has, if `‖F(centre)‖ < U cos(arccos(L / U) + a)`.
+    """
     if gram.groups > 1 or gram.size <= 24 or not degree.numel() or bool((degree == 0).any()):
         return theta
-    cells = _tiling(gram, degree, _COARSE)
-    if 2 * len(cells.group) > len(theta):
-        return theta
-    angle = _angle(degree, cells.radius)
-    some = _at(gram, theta[:: len(theta) // _STARTS + 1], cells.radius)
     quick = gram.single()
-    best = float(top(quick(some.group, some.centre), steps=8)[0].amax())
-    level = best * cos(angle) ** 2
-    centres = cells.centre[~_below(quick, gram, cells, level, _ROUNDING_SHARE * (best - level))]
-    apart = (theta.unsqueeze(1) - centres).remainder(2 * pi)
-    distance = torch.minimum(apart, 2 * pi - apart) @ (degree / 2)
-    return theta[(distance <= angle * (1 + 1e-9)).any(1)]
+    some = cells_at(theta[:: len(theta) // _STARTS + 1], degree, 1)
+    squared, _ = top(quick(some.group, some.centre), steps=8)
+    ratios = (squared / squared.amax()).sqrt()
+
+    def expected(angle: float) -> float:
+        kept = float((ratios >= cos(2 * angle) / cos(angle)).float().mean())
+        return 2 * tiling(degree, angle).number + kept * len(theta)
+
+    coarse = min(_COARSE, key=expected)
+    if expected(coarse) > 0.9 * len(theta):
+        return theta
+    cells = _covering(gram, degree, coarse)
+    angle = angle_of(degree, cells.radius)
+    peak = _climb(quick, degree, some.at(squared.topk(min(_CLIMBERS, len(squared))).indices), Peak(0.0, 0, theta[0]), least=0.0)
+    most = peak.value * (1 + _ABOVE_PEAK) / cos(angle)
+    unproven = ~_below(quick, gram, cells, (most * cos(angle)) ** 2, _ROUNDING_SHARE * (most * sin(angle)) ** 2)
+    if unproven.any():  # the climb has missed the summit
+        most = max(most, _largest_of(gram, cells.centre[unproven]).upper / cos(angle))
+    # a Rayleigh quotient in float64: the grid has a norm that is no smaller
+    apart = torch.minimum(_apart(theta, peak.theta, degree), _apart(theta, -peak.theta, degree))
+    nearest = theta[apart.topk(min(_CLIMBERS, len(theta)), largest=False).indices]
+    known = cells_at(torch.cat([nearest, some.centre[squared.argmax()][None]]), degree, 1)
+    least = sqrt(float(top(gram(known.group, known.centre), steps=_KRYLOV_STEPS)[0].amax()))
+    reach = acos(min(least / most, 1.0)) + angle
+    if reach >= pi / 2:
+        return theta
+    level = (most * cos(reach)) ** 2
+    centres = cells.centre[~_below(quick, gram, cells, level, _ROUNDING_SHARE * (least**2 - level))]
+    near = [
+        (_apart(part.unsqueeze(1), centres, degree) <= angle * (1 + 1e-9)).any(1)
+        for part in theta.split(max(_DISTANCES // max(len(centres), 1), 1))
+    ]
+    return theta[torch.cat(near)]
 
 
-def _tiling(gram: Gram, degree: Tensor, angle: float) -> Cells:
-    """Cells that cover half of the torus (the symbol at `-θ` is the conjugate), their points at most `angle` from the centres."""
-    share = {1: [1.0], 2: [1.0, 1.0], 3: [2 / 3, 2 / 3, 1 / 3]}[degree.numel()]
-    counts, radius = [], []
-    for axis, (k, part) in enumerate(zip(degree.tolist(), share, strict=True)):
-        diamond = degree.numel() > 1 and axis < 2
-        spacings = 2 if diamond else 1  # a diamond reaches to its neighbours' centres, an interval half as far
-        count = ceil(pi * k * spacings / (2 * part * angle))
-        counts.append(count + count % spacings)
-        radius.append(pi * spacings / counts[-1])
-    steps = product([torch.arange(n // 2 + 1 if axis == 0 else n) for axis, n in enumerate(counts)], degree)
-    if degree.numel() > 1:
-        steps = steps[(steps[:, 0] + steps[:, 1]) % 2 == 0]
-    return _at(gram, steps * (2 * pi / degree.new_tensor(counts)), degree.new_tensor(radius))
+def _apart(theta: Tensor, centres: Tensor, degree: Tensor) -> Tensor:
+    """Distances on the torus, in the metric of the lemma."""
+    apart = (theta - centres).remainder(2 * pi)
+    return torch.minimum(apart, 2 * pi - apart) @ (degree / 2)
 
 
-def _at(gram: Gram, centre: Tensor, radius: Tensor) -> Cells:
-    """Cells at these centres for every group."""
-    groups = torch.arange(gram.groups, device=centre.device).repeat_interleave(len(centre))
-    return Cells(groups, centre.repeat(gram.groups, 1), radius)
-
-
-def _angle(degree: Tensor, radius: Tensor) -> float:
-    """The largest distance of a cell's points from its centre."""
-    reach = (degree * radius / 2).tolist()
-    return max(reach[:2], default=0.0) + sum(reach[2:])
+def _covering(gram: Gram, degree: Tensor, angle: float) -> Cells:
+    """Cells of all groups that cover half of the torus, their points at most `angle` from the centres."""
+    cover = tiling(degree, angle)
+    return cells_at(cover.centres(), cover.radius, gram.groups)
 
 
 def _chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:
-    count = max(_CHUNK_BYTES // (2 * gram.even.element_size() * gram.size**2), _FEWEST)
+    count = max(_CHUNK_BYTES // gram.bytes_each, _FEWEST)
     parts = zip(cells.group.split(count), cells.centre.split(count), strict=True)
     return (Cells(*part, cells.radius) for part in parts)

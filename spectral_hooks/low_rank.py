@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import frexp
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def clip_update(weight: Tensor, left: Tensor, right: Tensor, max_norm: float = 1
         tensor([[0.0000],
                 [0.5000]])
     """
-    check_max_norm(max_norm)
+    max_norm = check_max_norm(max_norm)
     if weight.ndim != 2 or left.shape[:1] != weight.shape[:1] or right.shape != (left.shape[-1], weight.shape[1]):
         raise ValueError(
             f"`weight`, `left`, `right` must have shapes (out, in), (out, rank), (rank, in); "
@@ -63,18 +65,20 @@ def clip_update(weight: Tensor, left: Tensor, right: Tensor, max_norm: float = 1
     if not _inside(weight, left[:, :0], right[:0], max_norm * (1 + 10 * _TOLERANCE)):
         raise ValueError(f"`weight` alone must have norm at most {max_norm}: clip it first.")
 
-    before = left.double()
+    # in units of the bound, up to a power of two: squares are in range then
+    unit = 2.0 ** (frexp(max_norm)[1] - 1)
+    before = left.double() / unit
     mix, sizes, rows = torch.linalg.svd(right.double(), full_matrices=False)
     used = sizes > _TOLERANCE * sizes[0]
     mix, sizes, rows = mix[:, used], sizes[used], rows[used]
-    merged = weight.double() + before @ right.double()
+    merged = weight.double() / unit + before @ right.double()
     start = merged @ rows.T
-    nearest = _nearest_in_room(start, merged - start @ rows, max_norm, rounds)
+    nearest = _nearest_in_room(start, merged - start @ rows, max_norm / unit, rounds)
     back = mix / sizes
     # Y = 0 takes away from W: unlike B = 0 it is well inside, and the way there never has to be long
     for attempt in range(60):
         shrink = 1 - (2.0**attempt - 1) * 1e-7 if attempt < 23 else 0.0
-        stored = (before + (shrink * nearest - start) @ back.T).to(left.dtype)
+        stored = ((before + (shrink * nearest - start) @ back.T) * unit).to(left.dtype)
         if _inside(weight, stored, right, max_norm):
             return stored
     return torch.zeros_like(left)

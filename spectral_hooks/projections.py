@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from math import inf, isfinite, prod
+from math import inf, isfinite, prod, sqrt
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from .group_norms import grid_norms, lattice_norms
+from .group_norms import each, grid_norms, lattice_norms
 from .intersection import clip_kernel, crop_kernel, grid_symbols
 from .lattice import normalized
-from .operators.base import LinearOperator, float32_is_kept, full_precision
+from .operators.arguments import on_kernel
+from .operators.base import KernelOperator, float32_is_kept, is_number, is_whole
 from .operators.conv import ConvOperator
 from .spectrum import check_finite, spectral_norm
 
 #: A projection: operator, largest norm → weight.
-Projection = Callable[[LinearOperator, float], Tensor]
+Projection = Callable[[KernelOperator, float], Tensor]
 
 #: A norm this little above the bound is rounding, and counts as inside.
 _TOLERANCE = 1e-6
@@ -33,11 +34,15 @@ _SINGLE_FROM, _SINGLE_ROUNDS = 32, 8
 _GLANCES, _LARGE, _SEEN = 6, 384, 1e-4
 #: What a matrix-free norm may lack.
 _MATRIX_FREE_ERROR = 1e-5
+#: Where rounding to the stored dtype can add no more than this share of the bound, room is left for it, and nothing proven again.
+_LITTLE_ROUNDING = 1e-4
+#: What is measured in float32 may be too large by this.
+_SINGLE_ERROR = 1e-6
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tensor:
+def clip(op: KernelOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tensor:
     """Clip the singular values at `max_norm`: near the closest weight, in Frobenius distance, with `‖A‖₂ ≤ max_norm`.
 
     For a matrix `W = U Σ Vᵀ`, and for every convolution that is one (a single tap after the polyphase form), exactly the
@@ -59,12 +64,18 @@ def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
             the input size.
 
     Returns:
-        A weight of the same shape, dtype and device; the very same values if the norm is already at most `max_norm`.
-        Guaranteed: the norm of the returned, stored values is at most `max_norm` (certified for matrices, lattice and circular
-        operators, to 1e-5 for others), and they are never farther from the original than `rescale`'s.
+        A weight of the same shape, dtype and device. Guaranteed: the norm of the returned, stored values is at most `max_norm`
+        (certified for matrices, lattice and circular operators, to 1e-5 for others), and they are never farther from the
+        original than `rescale`'s, in half precision too. They are finite; a bound so small that no other weight of the dtype
+        obeys it gives zeros.
+
+        The very same values, bit for bit, if the norm is already at most `max_norm`: for matrices and circular operators. For
+        lattice operators of several taps if it is at most `max_norm / (1 + r)`, with `r` the width of their certificate: 1e-3 for
+        up to 8 channels (of the side that has fewer), 2e-3 for up to 64, 1e-2 for 320 and more. For other finite operators with
+        `r` of 1e-5. In between they stay wherever the norm is proven within a limit of work, which can fail on a flat spectrum.
 
     Raises:
-        ValueError: `max_norm` or `rounds` out of range, NaN or infinity in the weight.
+        ValueError: `max_norm` or `rounds` out of range, NaN or infinity in the weight, or a norm beyond the largest float64.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -75,35 +86,37 @@ def clip(op: LinearOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
     Sources: Sedghi, Gupta, Long 2019 (clip and crop); Wright, Nowak, Figueiredo 2009 (the proximal steps and their lengths);
     Amsel, Persson, Musco, Gower 2025 (the polynomials).
     """
-    check_max_norm(max_norm)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    max_norm = check_max_norm(max_norm)
+    if not is_whole(rounds) or rounds < 1:
         raise ValueError(f"`rounds` must be a positive int; got {rounds!r}.")
     return _outside(op, max_norm, lambda part: _clip(part, max_norm, rounds))
 
 
-def _clip(op: LinearOperator, max_norm: float, rounds: int) -> Tensor:
+def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
     """`clip` of an operator all of whose groups are outside."""
     if len(op.canonical()) > 1 and op.is_finite and op.frequency_grid is None:
         # the level on the grid depends on the norm here, which every group has of its own
         return torch.cat([_clip(part, max_norm, rounds) for part in _groups(op)])
     kernel, scale = normalized(op.canonical())
-    clipped, peak = clip_kernel(op, kernel.float() if _rough(op, kernel, rounds) else kernel, max_norm / scale, rounds)
-    clipped = clipped.to(kernel)
-    clipped, _ = settle(op, op.from_canonical(clipped) * scale, max_norm)
-    if prod(kernel.shape[3:]) == 1 and op.lattice_factor == 1:
-        return clipped  # exactly the nearest
-    # scaling moves by at least ‖W‖ (1 - c / peak), where the norm is no smaller than the grid's peak: on the lattice
-    moved, length = _distances(clipped, op), _distances(0, op)
-    if not op.is_finite and bool((moved <= length * (1 - max_norm / (peak.to(moved) * scale).clamp(min=max_norm))).all()):
-        return clipped
+    rough = _rough(op, kernel, rounds)
+    clipped, peak = clip_kernel(op, kernel.float() if rough else kernel, max_norm / scale, rounds)
+    clipped = _settled(op, op.from_canonical(clipped.to(kernel)), scale, max_norm)[0]
+    moved = _distances(clipped, op, scale)
+    if not op.is_finite or (op.frequency_grid is not None and prod(kernel.shape[3:]) == 1):
+        # the norm is no smaller than the peak, so scaling leaves at most this share; and rounding is monotone, so at least this
+        # distance, entry by entry
+        share = (max_norm / scale / peak.to(kernel) * (1 + (_SINGLE_ERROR if rough else 1e-12))).clamp(max=1)
+        least = _distances(_stored(normalized(op.weight.detach())[0], scale * share, op.weight), op, scale)
+        if bool((moved <= least).all()):
+            return clipped
     scaled = rescale(op, max_norm)
-    nearer = (moved <= _distances(scaled, op)).repeat_interleave(len(scaled) // len(moved)).to(scaled.device)
+    nearer = (moved <= _distances(scaled, op, scale)).repeat_interleave(len(scaled) // len(moved)).to(scaled.device)
     return torch.where(nearer.reshape(-1, *(1,) * (scaled.ndim - 1)), clipped, scaled)
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
+def rescale(op: KernelOperator, max_norm: float = 1.0) -> Tensor:
     """Scale the weight into the ball: `W / max(1, ‖A‖₂ / c)` (Gouk et al. 2018), with the certified norm; every group by its own.
 
     Args:
@@ -111,8 +124,7 @@ def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
         max_norm: the bound `c > 0`.
 
     Returns:
-        A weight of the same shape, dtype and device; the very same values if the norm is already at most `max_norm`. The bound is
-        guaranteed as by `clip`.
+        A weight of the same shape, dtype and device; the bound is guaranteed, and what is inside stays bit for bit, as by `clip`.
 
     Raises:
         ValueError: `max_norm` out of range, NaN or infinity in the weight.
@@ -123,13 +135,13 @@ def rescale(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    check_max_norm(max_norm)
-    return _outside(op, max_norm, lambda part: settle(part, part.weight.detach().to(_working(part)), max_norm)[0])
+    max_norm = check_max_norm(max_norm)
+    return _outside(op, max_norm, lambda part: settle(part, part.weight.detach(), max_norm)[0])
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def band(op: LinearOperator, max_norm: float = 1.0, *, min_norm: float = 0.0) -> Tensor:
+def band(op: KernelOperator, max_norm: float = 1.0, *, min_norm: float = 0.0) -> Tensor:
     """Keep the singular values in a band: `U clamp(Σ, low, high) Vᵀ`, the nearest such matrix (Frobenius).
 
     For convolutions of several taps at each frequency of the clip's grid, cropped to the taps, and scaled by the certified norm:
@@ -151,15 +163,17 @@ def band(op: LinearOperator, max_norm: float = 1.0, *, min_norm: float = 0.0) ->
                 [0.0000, 0.8000, 0.0000],
                 [0.0000, 0.0000, 0.5000]])
     """
-    check_max_norm(max_norm)
-    if isinstance(min_norm, bool) or not isinstance(min_norm, (int, float)) or not 0 <= min_norm <= max_norm:
+    max_norm = check_max_norm(max_norm)
+    if not is_number(min_norm) or not 0 <= min_norm <= max_norm:
         raise ValueError(f"`min_norm` must lie in [0, {max_norm}], the upper end; got {min_norm!r}.")
-    return settle(op, _mapped(op, lambda s: s.clamp(min_norm, max_norm)), max_norm)[0]
+    if op.weight.numel() == 0:
+        return _unchanged(op)
+    return _settled(op, *_mapped(op, max_norm, lambda s, c: s.clamp(min_norm / max_norm * c, c)), max_norm)[0]
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def polar(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
+def polar(op: KernelOperator, max_norm: float = 1.0) -> Tensor:
     """The nearest weight all of whose singular values are `max_norm`: `c U Vᵀ`, the polar factor.
 
     Exact for matrices. Convolutions as by `band`: the bound holds, the singular values are `max_norm` only approximately (a
@@ -182,9 +196,9 @@ def polar(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
     return band(op, max_norm, min_norm=max_norm)
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def soft_cap(op: LinearOperator, max_norm: float = 1.0, *, strength: float = 0.1) -> Tensor:
+def soft_cap(op: KernelOperator, max_norm: float = 1.0, *, strength: float = 0.1) -> Tensor:
     """Press large singular values down by odd polynomials, `p₂ ∘ p₁`, with `p₁(x) = x - αx³`, `p₂(x) = x + αx³` in units of `c`.
 
     Small values stay as they are up to `3 α² x⁵`; those near and above the bound shrink. **Does not guarantee the bound**: called
@@ -207,20 +221,20 @@ def soft_cap(op: LinearOperator, max_norm: float = 1.0, *, strength: float = 0.1
 
     Source: Newhouse et al. (2025).
     """
-    check_max_norm(max_norm)
+    max_norm = check_max_norm(max_norm)
     _check_share("strength", strength)
 
-    def capped(s: Tensor) -> Tensor:
-        x = s / max_norm
+    def capped(s: Tensor, c: float) -> Tensor:
+        x = s / c
         x = x - strength * x**3
-        return max_norm * (x + strength * x**3)
+        return c * (x + strength * x**3)
 
-    return _mapped(op, capped).to(op.weight)
+    return _changed(op, max_norm, capped)
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def hammer(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
+def hammer(op: KernelOperator, max_norm: float = 1.0) -> Tensor:
     """Set the largest singular value to `max_norm` if it is larger: `W + (c - σ₁) u₁ v₁ᵀ`.
 
     **Does not guarantee the bound**: the second largest is left as it is. Convolutions act on the clip's grid and crop.
@@ -240,17 +254,17 @@ def hammer(op: LinearOperator, max_norm: float = 1.0) -> Tensor:
 
     Source: Newhouse et al. (2025).
     """
-    check_max_norm(max_norm)
+    max_norm = check_max_norm(max_norm)
 
-    def struck(s: Tensor) -> Tensor:
-        return torch.cat([s[..., :1].clamp(max=max_norm), s[..., 1:]], dim=-1)
+    def struck(s: Tensor, c: float) -> Tensor:
+        return torch.cat([s[..., :1].clamp(max=c), s[..., 1:]], dim=-1)
 
-    return _mapped(op, struck).to(op.weight)
+    return _changed(op, max_norm, struck)
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def clipped_decay(op: LinearOperator, max_norm: float = 1.0, *, decay: float = 0.1, rounds: int = 3) -> Tensor:
+def clipped_decay(op: KernelOperator, max_norm: float = 1.0, *, decay: float = 0.1, rounds: int = 3) -> Tensor:
     """Part of the way to the clip: `(1 - λ) W + λ clip(W)`.
 
     **Does not guarantee the bound**, but comes nearer by the factor `1 - λ` at every call.
@@ -267,18 +281,23 @@ def clipped_decay(op: LinearOperator, max_norm: float = 1.0, *, decay: float = 0
     Example:
         >>> import torch, spectral_hooks as sh
         >>> sh.projections.clipped_decay(sh.DenseOperator(torch.tensor([[3.0]])), decay=0.5)
-        tensor([[2.0000]])
+        tensor([[2.]])
 
     Source: Newhouse et al. (2025).
     """
     _check_share("decay", decay)
     clipped = clip(op, max_norm, rounds=rounds)
-    return clipped if clipped is op.weight else torch.lerp(op.weight.detach(), clipped, decay)
+    # neither term overflows, as the difference may
+    if clipped is op.weight:
+        return clipped
+    precise, limit = torch.promote_types(op.weight.dtype, torch.float32), torch.finfo(op.weight.dtype).max
+    part = (1 - decay) * op.weight.detach().to(precise) + decay * clipped.to(precise)
+    return part.clamp(-limit, limit).to(op.weight)
 
 
-@full_precision
+@on_kernel
 @torch.no_grad()
-def parseval(op: LinearOperator, max_norm: float = 1.0, *, strength: float = 0.01) -> Tensor:
+def parseval(op: KernelOperator, max_norm: float = 1.0, *, strength: float = 0.01) -> Tensor:
     """One step towards orthogonality: `W ← (1 + β) W - β W Wᵀ W / c²`, so `σ ← σ + β σ (1 - σ² / c²)`.
 
     Draws all singular values below `c √(1 + 2 / β)` towards `c`. **Does not guarantee the bound.** Convolutions act on the clip's
@@ -299,9 +318,9 @@ def parseval(op: LinearOperator, max_norm: float = 1.0, *, strength: float = 0.0
 
     Source: Cissé et al. (2017).
     """
-    check_max_norm(max_norm)
+    max_norm = check_max_norm(max_norm)
     _check_share("strength", strength)
-    return _mapped(op, lambda s: s + strength * s * (1 - (s / max_norm) ** 2)).to(op.weight)
+    return _changed(op, max_norm, lambda s, c: s + strength * s * (1 - (s / c) ** 2))
 
 
 #: Those whose result is certified to obey the bound.
@@ -321,28 +340,45 @@ def named(projection: str | Projection) -> Projection:
     return names[projection]
 
 
-def _mapped(op: LinearOperator, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of the singular values, in float64: of a matrix exactly, of a convolution on the clip's grid, cropped."""
+def _mapped(op: KernelOperator, max_norm: float, function: Callable[[Tensor, float], Tensor]) -> tuple[Tensor, float]:
+    """A function of the singular values and the bound, of a matrix exactly, of a convolution on the clip's grid, cropped.
+
+    Returns a float64 weight and what to multiply it with: the function is homogeneous, and sees numbers of order one.
+    """
     check_finite(op.weight)
     kernel, scale = normalized(op.canonical())
     blocks = grid_symbols(op, kernel)
     u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
-    change = (u * (function(s * scale) / scale - s).unsqueeze(-2)) @ vh
-    return op.from_canonical(kernel + crop_kernel(op, kernel, change)) * scale
+    # not the kernel and a change, which would cancel where the bound is far below the norm
+    mapped = (u * function(s, max_norm / scale).unsqueeze(-2)) @ vh
+    return op.from_canonical(crop_kernel(op, kernel, mapped)), scale
+
+
+def _changed(op: KernelOperator, max_norm: float, function: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """`_mapped` in the dtype of the operator's weight, without a guarantee of its norm."""
+    if op.weight.numel() == 0:
+        return _unchanged(op)
+    unit, scale = _mapped(op, max_norm, function)
+    if not bool(torch.isfinite(unit).all()):
+        raise ValueError(f"the norm is so far above `max_norm` {max_norm} that the result is not finite: use `clip` first.")
+    scales = torch.full((len(op.canonical()),), scale, dtype=torch.float64, device=unit.device)
+    return _stored(unit, _fitting(unit, scales, op.weight), op.weight)
 
 
 def _check_share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"`{name}` must lie in [0, 1]; got {value!r}.")
 
 
-def _unchanged(op: LinearOperator) -> Tensor:
+def _unchanged(op: KernelOperator) -> Tensor:
     """The operator's own tensor, so that a caller can tell by identity that nothing was done."""
     return op.weight.detach() if op.weight.requires_grad else op.weight
 
 
-def _outside(op: LinearOperator, max_norm: float, projection: Callable[[LinearOperator], Tensor]) -> Tensor:
+def _outside(op: KernelOperator, max_norm: float, projection: Callable[[KernelOperator], Tensor]) -> Tensor:
     """The weight with the projection of the groups that are outside of the ball; the others stay as they are."""
+    if op.weight.numel() == 0:
+        return _unchanged(op)
     outside = _norms_above(op, max_norm) > max_norm * (1 + _TOLERANCE)
     if not outside.any():
         return _unchanged(op)
@@ -353,7 +389,7 @@ def _outside(op: LinearOperator, max_norm: float, projection: Callable[[LinearOp
     return weight
 
 
-def _part(op: LinearOperator, groups: Tensor) -> LinearOperator:
+def _part(op: KernelOperator, groups: Tensor) -> KernelOperator:
     """The operator of these groups of a convolution alone."""
     part = cast(ConvOperator, copy.copy(op))
     part.weight = op.weight.detach().unflatten(0, (part.groups, -1))[groups].flatten(0, 1)
@@ -361,36 +397,44 @@ def _part(op: LinearOperator, groups: Tensor) -> LinearOperator:
     return part
 
 
-def _groups(op: LinearOperator) -> list[LinearOperator]:
+def _groups(op: KernelOperator) -> list[KernelOperator]:
     """Each group as an operator of its own."""
     return [_part(op, group) for group in torch.arange(len(op.canonical()), device=op.weight.device).split(1)]
 
 
-def _rough(op: LinearOperator, kernel: Tensor, rounds: int) -> bool:
+def _rough(op: KernelOperator, kernel: Tensor, rounds: int) -> bool:
     """Whether rounds in float32, twice as fast, end as near: what few of them leave is far more than its rounding."""
     large = prod(kernel.shape[3:]) > 1 and min(kernel.shape[1:3]) > _SINGLE_FROM
     return large and rounds <= _SINGLE_ROUNDS and op.weight.dtype != torch.float64 and float32_is_kept()
 
 
-def _working(op: LinearOperator) -> torch.dtype:
-    """The dtype to compute in where float64 is not needed."""
-    return torch.promote_types(op.weight.dtype, torch.float32)
+def _distances(weight: Tensor, op: KernelOperator, scale: float) -> Tensor:
+    """Frobenius distances to the operator's weight over `scale`, of every group, in float64."""
+    weight, original = (x.to("cpu" if x.device.type == "mps" else x.device, torch.float64) / scale for x in (weight, op.weight))
+    return torch.linalg.vector_norm((weight - original).unflatten(0, (len(op.canonical()), -1)).flatten(1), dim=1)
 
 
-def _distances(weight: Tensor | int, op: LinearOperator) -> Tensor:
-    """Frobenius distances to the operator's weight, of every group."""
-    return torch.linalg.vector_norm(
-        (weight - op.weight).to(_working(op)).unflatten(0, (len(op.canonical()), -1)).flatten(1), dim=1
-    )
+def _fitting(unit: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """The scales of the groups, smaller where `unit` times them would overflow in the dtype of `like`."""
+    largest = unit.unflatten(0, (len(scales), -1)).abs().flatten(1).amax(1)
+    return torch.minimum(scales, torch.finfo(like.dtype).max / largest)  # a zero divides to infinity
 
 
-def check_max_norm(max_norm: float) -> None:
+def _stored(unit: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """`unit` times the scale of each group, which is as by `_fitting`, in the dtype and on the device of `like`."""
+    limit = torch.finfo(like.dtype).max  # a product may round to a little more
+    product = unit.unflatten(0, (len(scales), -1)) * each(scales, unit.ndim)
+    return product.flatten(0, 1).clamp(-limit, limit).to(like)
+
+
+def check_max_norm(max_norm: float) -> float:
     """Refuse what is no positive, finite number."""
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not (isfinite(max_norm) and max_norm > 0):
+    if not is_number(max_norm) or not (isfinite(max_norm) and max_norm > 0):
         raise ValueError(f"`max_norm` must be a positive, finite number; got {max_norm!r}.")
+    return float(max_norm)
 
 
-def _norms_above(op: LinearOperator, target: float | None = None, rtol: float | None = None) -> Tensor:
+def _norms_above(op: KernelOperator, target: float | None = None, rtol: float | None = None) -> Tensor:
     """For each group a number not below its norm; with a `target`, only so close as tells on which side of it the norm lies."""
     grid, kernel = op.frequency_grid, op.canonical()
     rtol = rtol or _rtol(kernel)
@@ -406,7 +450,11 @@ def _norms_above(op: LinearOperator, target: float | None = None, rtol: float | 
         if bool((everywhere <= target).all()):
             return everywhere
     if len(kernel) == 1:
-        return torch.tensor([float(spectral_norm(op)) * (1 + _MATRIX_FREE_ERROR)], dtype=torch.float64)
+        # over a power of two, so that a norm between the smallest numbers of the dtype is not rounded to one of them
+        unit, scale = normalized(op.weight.detach())
+        dtype = torch.promote_types(op.weight.dtype, torch.float32)
+        norm = float(spectral_norm(op.with_weight(unit.to(op.weight.device, dtype)))) * scale
+        return torch.tensor([norm * (1 + _MATRIX_FREE_ERROR)], dtype=torch.float64)
     return torch.cat([_norms_above(part, target, rtol) for part in _groups(op)])
 
 
@@ -415,13 +463,32 @@ def _seen_above(kernel: Tensor, target: float) -> bool:
     if min(kernel.shape[1:]) < _LARGE or kernel.is_meta:
         return False
     matrix = kernel[0].detach().to(torch.promote_types(kernel.dtype, torch.float32 if float32_is_kept() else torch.float64))
-    vector = matrix[torch.linalg.vector_norm(matrix, dim=1).argmax()]
+    # the products of unit vectors with the matrix are in range where the matrix is; their squares need not be
+    vector = _unit(matrix[torch.linalg.vector_norm(matrix, dim=1).argmax()])
     for _ in range(_GLANCES):
-        image = matrix @ (vector / torch.linalg.vector_norm(vector))
-        if inf > float(torch.linalg.vector_norm(image)) > target * (1 + _SEEN):  # NaN is not
-            return True
-        vector = matrix.mT @ image
+        image = matrix @ vector
+        if inf > _length(image) > target * (1 + _SEEN):  # NaN is not
+            # long sums in float32 lose digits
+            vector = _exact(vector)
+            return _length(_exact(matrix) @ vector) > target * _length(vector)
+        vector = _unit(matrix.mT @ _unit(image))
     return False
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
+
+def _length(vector: Tensor) -> float:
+    """The norm of a vector, of any scale, as a float64."""
+    return float(torch.linalg.vector_norm(_exact(vector)))
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """The vector, of any scale, over its norm."""
+    long = _exact(vector)
+    return (long / torch.linalg.vector_norm(long)).to(vector)
 
 
 def _rtol(kernel: Tensor) -> float:
@@ -434,29 +501,54 @@ def _rtol(kernel: Tensor) -> float:
     return 1e-3 if size <= 8 else min(2e-3 * max(size / 64, 1.0), 1e-2)
 
 
-def settle(op: LinearOperator, weight: Tensor, max_norm: float, rtol: float | None = None) -> tuple[Tensor, float]:
+def settle(op: KernelOperator, weight: Tensor, max_norm: float, rtol: float | None = None) -> tuple[Tensor, float]:
     """The weight in the dtype of the operator's, scaled down until the stored values obey the bound, and what bounds their norm.
 
-    By certificates of width `rtol`, chosen by the number of channels if None.
+    By certificates of width `rtol`, chosen by the number of channels if None. A bound so small that no other weight of that dtype
+    obeys it gives zeros.
     """
-    eps = torch.finfo(op.weight.dtype).eps
-    fine = eps < _TOLERANCE
+    return _settled(op, weight, 1.0, max_norm, rtol)
+
+
+def _settled(op: KernelOperator, unit: Tensor, scale: float, max_norm: float, rtol: float | None = None) -> tuple[Tensor, float]:
+    """`settle` of `unit` times `scale`, which together may be beyond the range of any dtype."""
+    unit, power = normalized(unit)
+    kernel, info = op.canonical(), torch.finfo(op.weight.dtype)
+    groups, spacing = len(kernel), info.tiny * info.eps
+    fine = info.eps < _TOLERANCE
     measured = op.is_finite and op.frequency_grid is None
-    if fine and prod(op.canonical().shape[3:]) == 1 and not measured:
+    scales = torch.full((groups,), scale * power, dtype=torch.float64, device=unit.device)
+    if fine and prod(kernel.shape[3:]) == 1 and not measured:
         # a clipped matrix has many equal singular values, which a proof minds less than a measurement
-        stored = (weight * (1 - 4 * eps)).to(op.weight)
+        stored = _stored(unit, _fitting(unit, scales * (1 - 4 * info.eps), op.weight), op.weight)
         if bool((lattice_norms(op.with_weight(stored).canonical(), 1e-3, max_norm / op.lattice_factor) < inf).all()):
             return stored, max_norm
-    for attempt in range(1, 100):
-        stored = weight.to(op.weight)
+    for attempt in range(1, 1000):
+        scales = _fitting(unit, scales, op.weight)
+        stored = _stored(unit, scales, op.weight)
         norms = _norms_above(op.with_weight(stored), rtol=rtol)
         norm = float(norms.amax())
         if norm <= max_norm:
             return stored, norm
-        margin = 1 - attempt * (max(4 * eps, 1e-12) if fine else eps / 4)
-        factors = torch.where(norms > max_norm, max_norm / norms * margin, 1.0)
-        factors = factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        weight = (weight.unflatten(0, (len(norms), -1)) * factors.reshape(-1, *(1,) * weight.ndim)).flatten(0, 1)
-        if fine and not measured:  # neither rounding nor a new certificate can bring the norm back above the bound
-            return weight.to(op.weight), max_norm
+        if not isfinite(norm):
+            raise ValueError(
+                "the norm of `weight` exceeds the largest float64: scale the weight down first; it is left as it is."
+            )
+        norms = norms.to(unit.device)
+        outside = norms > max_norm
+        shares = torch.where(outside, scales / norms, 1.0)
+        unit = (unit.unflatten(0, (groups, -1)) * each(shares, unit.ndim)).flatten(0, 1)
+        scales = torch.where(outside, max_norm, scales)
+        parts = unit.unflatten(0, (groups, -1)).flatten(1)
+        # what rounding every entry can add to the norm, relative to the bound: at any frequency the Frobenius norm of all that is
+        # added, times the root of the number of taps
+        lengths = (info.eps + 1e-15) * torch.linalg.vector_norm(parts, dim=1) + spacing * sqrt(parts.shape[1]) / max_norm
+        rounding = op.lattice_factor * sqrt(prod(kernel.shape[3:])) * lengths + 1e-12
+        if fine and not measured and bool((rounding[outside] <= _LITTLE_ROUNDING).all()):
+            scales = torch.where(outside, scales * (1 - rounding), scales)
+            return _stored(unit, _fitting(unit, scales, op.weight), op.weight), max_norm
+        # among the smallest numbers of the dtype the steps are as coarse as the entries
+        grain = (spacing / scales / parts.abs().amax(1)).clamp(min=info.eps)
+        margin = (attempt * grain * (4 if fine else 0.25)).clamp(max=0.5)
+        scales = torch.where(outside, scales * (1 - margin), scales)
     raise RuntimeError(f"no {op.weight.dtype} weight near this one has norm at most {max_norm}.")

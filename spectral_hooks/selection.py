@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .operators import DenseOperator, as_operator
 from .operators.layers import is_adapter, lora_factors
 from .targets import LoraTarget, Target
-from .weights import leaves
+from .weights import Held, check_writable, held, memory_of, overlap
 
 #: A glob on qualified names, a type of layer, or a predicate of `(name, layer)` or of the layer alone.
 Pattern = str | type[nn.Module] | Callable[..., bool]
@@ -30,12 +32,19 @@ Split = Mapping[Pattern, Parts] | None
 _LORA = ("merged", "product")
 
 
+#: What wrappers call the module that they wrap. A user's own module may have a `module` too: that is only of these packages.
+_WRAPPED = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "opacus", "timm", "deepspeed", "fairscale")
+
+
 @dataclass
 class Selection:
     """The weights to act on, in the model's order, and the reason for each layer that is not among them."""
 
     targets: list[Target | LoraTarget] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    #: Of the skipped, for want of support: their parameters of two or more dimensions, embeddings not counted.
+    free: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def select(
@@ -44,8 +53,12 @@ def select(
     """Choose layers by glob on qualified names, by type, or by predicate.
 
     A glob matches a layer's name or that of any module around it: `"encoder"` is everything inside, `"*.conv1"` every such
-    layer. Each weight is chosen once, however many layers share it. Names are those of the plain model: what compiling or
-    data-parallel wrappers prefix is taken off. A linear layer with LoRA adapters is one layer; its factors are never apart.
+    layer. Each weight is chosen once, however many layers share it. Names are those of the plain model: what wrappers prefix
+    (compiling, data-parallel, Fabric's, Opacus') is taken off. A linear layer with LoRA adapters is one layer; its factors are
+    never apart.
+
+    Every parameter of two or more dimensions is in a target, or `skipped` has the reason under its layer's name, or under its own
+    if its layer is chosen and makes another use of it.
 
     Args:
         model: any module.
@@ -56,8 +69,9 @@ def select(
         lora: "merged" for the weight together with its LoRA adapters, "product" for the adapters' `scaling · B A` alone.
 
     Raises:
-        ValueError: a glob that matches nothing, an unsupported layer named in full, parts that do not fit, or nothing left to act
-            on.
+        ValueError: a glob that matches nothing; an unsupported layer, or one without weights, named in full; a layer whose weight
+            is computed with no way to set it; layers that use the same parameters in different ways; parts that do not fit; or
+            nothing left to act on.
         TypeError: a pattern of another type.
     """
     modules = dict(named_layers(model))
@@ -70,10 +84,16 @@ def select(
     if lora not in _LORA:
         raise ValueError(f"`lora` must be one of {', '.join(map(repr, _LORA))}; got {lora!r}.")
 
+    for name in explicit & set(modules):
+        if not any(_has_weight(part) for part in modules[name].modules()):
+            raise ValueError(f"`layers` names {name}, {_a(modules[name])}, which has no weight.")
+
     result = Selection()
-    owners: dict[tuple[int, ...], list[Target]] = {}
+    owners: dict[object, _Owner] = {}
+    neighbours: dict[object, list[_Owner]] = defaultdict(list)  # by the memory of their parameters
+    unsupported: set[str] = set()
     for name, layer in modules.items():
-        if not (any(True for _ in layer.parameters(recurse=False)) or _weight_is_made(layer) or is_adapter(layer)):
+        if not _has_weight(layer):
             continue
         if unwanted(name):
             result.skipped[name] = "excluded"
@@ -81,8 +101,9 @@ def select(
             result.skipped[name] = "not among `layers`"
         elif reason := _unsupported(layer):
             if name in explicit:
-                raise ValueError(f"`layers` names {name}, but {reason}")
+                raise ValueError(f"`layers` names {name or 'the model itself'}, but {reason}")
             result.skipped[name] = reason
+            unsupported.add(name)
         elif is_adapter(layer) and lora_factors(layer):
             for part, outputs in _parts(name, layer, parts.get(name)):
                 base = None if lora == "product" else Target(part, [layer.base_layer], outputs)
@@ -91,18 +112,99 @@ def select(
             result.skipped[name] = "no LoRA adapter is active"
         else:
             layer = layer.base_layer if is_adapter(layer) else layer
-            key = tuple(id(leaf) for leaf in leaves(layer))
+            how = held(layer)
+            if how.weight.numel() == 0:
+                result.skipped[name] = f"its weight is empty, of shape {tuple(how.weight.shape)}"
+                continue
+            with _named(name):
+                check_writable(layer)
+            # a matrix and its transpose are one weight
+            shape = sorted(how.weight.shape) if isinstance(as_operator(layer), DenseOperator) else how.weight.shape
+            key = how.place, tuple(shape)
             if key in owners:
-                for owner in owners[key]:
-                    owner.layers.append(layer)
-                result.skipped[name] = f"shares the weight of {owners[key][0].name}"
+                owners[key].share(name, layer, how)
+                result.skipped[name] = f"shares the weight of {owners[key].targets[0].name or 'the model itself'}"
             else:
-                owners[key] = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts.get(name))]
-                result.targets += owners[key]
+                targets = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts.get(name))]
+                owners[key] = _Owner(name, how, targets)
+                for memory in {memory_of(leaf) for leaf in how.leaves}:
+                    for owner in neighbours[memory]:
+                        owner.check_apart(name, how)
+                    neighbours[memory].append(owners[key])
+                result.targets += targets
     if not result.targets:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(result.skipped.items())[:5])
-        raise ValueError(f"no layer to act on is left in {type(model).__name__} ({reasons or 'it has no weights'}).")
+        reasons = [f"{name or 'the model itself'}: {reason}" for name, reason in list(result.skipped.items())[:5]]
+        matched = [_matched("layers", layers, modules), _matched("exclude", exclude, modules)] if reasons or layers else []
+        found = "; ".join([each for each in matched if each] + reasons) or "it has no weights"
+        raise ValueError(f"no layer to act on is left in {type(model).__name__} ({found}).")
+    _account(result, modules, unsupported)
     return result
+
+
+@dataclass
+class _Owner:
+    """The first layer that has a weight, how it holds it, and the targets that were made of it."""
+
+    name: str
+    how: Held
+    targets: list[Target]
+
+    def share(self, name: str, layer: nn.Module, how: Held) -> None:
+        """Another layer has the same weight."""
+        turned = how.weight.shape != self.how.weight.shape or how.weight.stride() != self.how.weight.stride()
+        made_alike = how.plain or how.is_view or torch.equal(self.how.weight, how.weight)
+        if not made_alike or (turned and self.targets[0].outputs is not None):
+            raise ValueError(self._clash(name))
+        for target in self.targets:
+            target.layers.append(layer)
+
+    def check_apart(self, name: str, how: Held) -> None:
+        """Refuse a layer that makes another weight of the same parameters: what is written to one would change the other."""
+        if how.is_view and self.how.is_view:
+            clash = overlap(self.how.weight, how.weight)
+        else:
+            clash = any(overlap(one, other) for one in self.how.leaves for other in how.leaves)
+        if clash:
+            raise ValueError(self._clash(name))
+
+    def _clash(self, name: str) -> str:
+        return (
+            f"{called(name)} and {called(self.name)} use the same parameters in different ways, so that a projection of one "
+            "would change the other: exclude one of them."
+        )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors say which layer it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{called(name)}: {error}") from error
+
+
+def called(name: str) -> str:
+    """What errors call a layer."""
+    return f"layer {name}" if name else "the model itself"
+
+
+def _account(result: Selection, modules: dict[str, nn.Module], unsupported: set[str]) -> None:
+    """Give the reason of every parameter of two or more dimensions that no target has; some are free for want of support."""
+    bounded = {id(leaf): target.name for target in result.targets for leaf in target.leaves()}
+    for name, layer in modules.items():
+        own = [(key, p) for key, p in _own_parameters(layer) if p.ndim > 1]
+        left = [(key, p) for key, p in own if id(p) not in bounded]
+        if name in unsupported and own and not left:
+            kind = type_before_parametrizations(layer).__name__
+            result.skipped[name] = f"the weight of this {kind} is bounded as that of {bounded[id(own[0][1])]}"
+        elif name in unsupported and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            result.free[name] = [p for _, p in left]
+        elif name not in result.skipped:
+            for key, p in left:
+                qualified = f"{name}.{key}" if name else key
+                result.skipped[qualified] = f"not a part of the weight that {called(name)} is bounded by"
+                if not is_adapter(layer):  # of an adapter, what is not active
+                    result.free[qualified] = [p]
 
 
 def _parts(name: str, layer: nn.Module, parts: Parts | None) -> list[tuple[str, slice | None]]:
@@ -121,6 +223,8 @@ def _parts(name: str, layer: nn.Module, parts: Parts | None) -> list[tuple[str, 
 
 def _unsupported(layer: nn.Module) -> str | None:
     """Why a layer has no operator whose norm can be bounded without an input size."""
+    if not _is_trainable(layer):
+        return f"the weight of this {_type(layer)} is no parameter (quantized or packed), so it does not train and cannot be set"
     try:
         as_operator(layer).lattice_factor  # noqa: B018 (asked for its error)
     except (TypeError, NotImplementedError, ValueError) as error:
@@ -128,23 +232,69 @@ def _unsupported(layer: nn.Module) -> str | None:
     return None
 
 
+def _type(layer: nn.Module) -> str:
+    kind = type_before_parametrizations(layer)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _a(layer: nn.Module) -> str:
+    kind = type_before_parametrizations(layer).__name__
+    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
+
+
 def named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All modules under the names of the plain model; not those inside a parametrization or an adapter."""
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
-        model = model.module
-    adapted = ""
-    for name, module in model.named_modules():
-        parts = [part for part in name.split(".") if part != "_orig_mod"]
+    """All modules under the names of the plain model; not those inside a parametrization, an adapter or a packed layer."""
+    whole: tuple[str, ...] = ()
+    for raw, name, module in _named_modules(model):
         # a layer that adapters were laid around is one with them
-        if "parametrizations" in parts or (adapted and name.startswith(adapted)):
+        if "parametrizations" in raw.split(".") or (whole and raw.startswith(whole)):
             continue
-        if is_adapter(module):
-            adapted = f"{name}."
-        yield ".".join(parts), module
+        if is_adapter(module) or (_holds_packed(module) and not _is_trainable(module)):
+            whole = (*whole, f"{raw}.") if raw else whole
+        yield name, module
 
 
-def _weight_is_made(layer: nn.Module) -> bool:
-    return torch.nn.utils.parametrize.is_parametrized(layer, "weight")
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Each module once, under its full name and that without what wrappers prefix."""
+    plain = {"": ""}
+    for raw, module in model.named_modules():
+        if raw:
+            parent, _, last = raw.rpartition(".")
+            outer = plain[parent]
+            plain[raw] = outer if _wraps(model.get_submodule(parent), last) else f"{outer}.{last}" if outer else last
+        yield raw, plain[raw], module
+
+
+def _wraps(module: nn.Module, child: str) -> bool:
+    """Whether a module is but a wrapper around this child."""
+    if child in _WRAPPED:
+        return True
+    package, _, rest = type(module).__module__.partition(".")
+    of_a_library = package in _WRAPPERS and not f"{rest}.".startswith("nn.modules.")
+    return child in ("module", "_module") and of_a_library and len(module._modules) == 1
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A layer's parameters, those behind its parametrizations, and all that an adapter holds."""
+    yield from layer.named_parameters(recurse=is_adapter(layer))
+    if is_parametrized(layer) and not is_adapter(layer):
+        yield from ((f"parametrizations.{name}", p) for name, p in layer.parametrizations.named_parameters())  # type: ignore[union-attr]
+
+
+def _has_weight(layer: nn.Module) -> bool:
+    return _is_trainable(layer) or _holds_packed(layer)
+
+
+def _is_trainable(layer: nn.Module) -> bool:
+    return any(True for _ in layer.parameters(recurse=False)) or is_parametrized(layer) or is_adapter(layer)
+
+
+def _holds_packed(layer: nn.Module) -> bool:
+    """Whether a layer has a weight that is no parameter: torch's quantized layers have methods, other libraries' have buffers."""
+    if any(inspect.isfunction(getattr(type(layer), name, None)) for name in ("weight", "get_weight")):
+        return True
+    tensors = {**layer._buffers, **{name: value for name, value in vars(layer).items() if name == "weight"}}
+    return any("weight" in name and isinstance(value, Tensor) and value.ndim > 1 for name, value in tensors.items())
 
 
 def listed(patterns: Patterns) -> list[Pattern]:
@@ -167,6 +317,16 @@ def _matcher(argument: str, patterns: Patterns, modules: dict[str, nn.Module]) -
             raise ValueError(f"`{argument}` pattern {pattern!r} matches no layer; {hint}")
         chosen |= found
     return chosen.__contains__
+
+
+def _matched(argument: str, patterns: Patterns, modules: dict[str, nn.Module]) -> str | None:
+    """What the patterns match, for an error."""
+    if patterns is None:
+        return None
+    chosen = _matcher(argument, patterns, modules)
+    found = [f"{name or 'the model itself'} ({type(layer).__name__})" for name, layer in modules.items() if chosen(name)]
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return f"`{argument}` matches {', '.join(found[:4]) or 'nothing'}{more}"
 
 
 def _matches(argument: str, pattern: Pattern, name: str, module: nn.Module) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil, prod
+from math import ceil, inf, prod
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .krylov import largest, matrix_norm, with_gradient
 from .lattice import grid_norm, lattice_norm, normalized
-from .operators.base import Grid, LinearOperator, full_precision
+from .operators.arguments import on_operator
+from .operators.base import Grid, KernelOperator, LinearOperator
+from .operators.composed import ComposedOperator
 from .operators.conv import ConvOperator
+from .operators.layers import as_operator
 from .operators.symbols import Gram, half_plane, symbol
 
 #: Entries of the largest dense matrix that is decomposed when all singular values are asked for (2 GiB in float64).
@@ -26,7 +30,7 @@ _BATCHED = 24
 _DENSITY_POINTS = {1: 512, 2: 32, 3: 16}
 
 
-@full_precision
+@on_operator
 def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     """Singular values of a finite operator, descending, repeated ones as often as they occur.
 
@@ -59,12 +63,12 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     count = min(prod(op.in_shape), prod(op.out_shape))
     if k is not None and not (isinstance(k, int) and 1 <= k <= count):
         raise ValueError(f"`k` must be an int from 1 to {count}, the number of singular values; got {k!r}.")
-    weight = op.weight
-    check_finite(weight)
-    op = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    grid = op.frequency_grid
-    if grid is not None:
-        return _on_grid(op, grid, count)[:k]
+    op = _checked(op)
+    if isinstance(op, KernelOperator):
+        if op.weight.numel() == 0:  # no inputs or no outputs
+            return op.weight.new_zeros(0)
+        if op.frequency_grid is not None:
+            return _on_grid(op, op.frequency_grid, count)[:k]
     entries = prod(op.in_shape) * prod(op.out_shape)
     if k is not None and entries > _SMALL_ENTRIES and 4 * k < count:
         return largest(op, k).values
@@ -73,7 +77,7 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     return torch.linalg.svdvals(op.to_dense())[:k]
 
 
-def _on_grid(op: LinearOperator, grid: Grid, count: int) -> Tensor:
+def _on_grid(op: KernelOperator, grid: Grid, count: int) -> Tensor:
     """The union of the symbol's singular values over a frequency grid."""
     kernel = op.canonical()
     # along an axis with one tap only the phase of the symbol changes
@@ -115,7 +119,7 @@ def _gram_values(gram: Gram, theta: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(blocks.unflatten(2, (gram.size, gram.size))).clamp(min=0).sqrt()
 
 
-@full_precision
+@on_operator
 def spectral_norm(op: LinearOperator, rtol: float = 1e-3) -> Tensor:
     """The operator norm `‖A‖₂ = σ₁`.
 
@@ -151,14 +155,24 @@ def spectral_norm(op: LinearOperator, rtol: float = 1e-3) -> Tensor:
 
 
 def _norm(op: LinearOperator, rtol: float) -> Tensor:
-    weight = op.weight
-    check_finite(weight)
-    op = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    grid = op.frequency_grid
-    if op.is_finite and grid is None:
+    op = _checked(op)
+    if isinstance(op, KernelOperator):
+        if op.weight.numel() == 0:  # no inputs or no outputs
+            return op.weight.sum()
+        if op.frequency_grid is not None or not op.is_finite:
+            return _kernel_norm(op, rtol)
+    if op.is_finite:
         value, left, right = (t[0] for t in largest(op))
-        return value if not weight.requires_grad else with_gradient(value, (left * op.matvec(right)).sum())
-    kernel = op.canonical()
+        attained = (left * op.matvec(right)).sum()
+        return with_gradient(value, attained) if attained.requires_grad else value
+    norms = torch.stack([_norm(factor, rtol) for factor in cast(ComposedOperator, op).factors])
+    # a product of n numbers rounds n times
+    return norms.prod() * (1 + len(norms) * torch.finfo(norms.dtype).eps)
+
+
+def _kernel_norm(op: KernelOperator, rtol: float) -> Tensor:
+    """The largest norm of a symbol: on the operator's own frequency grid, or anywhere."""
+    weight, grid, kernel = op.weight, op.frequency_grid, op.canonical()
     if grid is not None:
         screen = torch.float64 if grid == () else kernel.dtype
         found = grid_norm(kernel, tuple(size for size, _ in grid), screen=screen)
@@ -167,14 +181,24 @@ def _norm(op: LinearOperator, rtol: float) -> Tensor:
         factor = op.lattice_factor
         # a little closer than asked: casts, and whoever compares with a sampled supremum, need room too
         found = lattice_norm(kernel, 0.8 * rtol)
-        # the cast must not round below
         norm = found.upper * factor * (1 + torch.finfo(kernel.dtype).eps)
+    value = kernel.new_tensor(norm)
+    if grid is None and float(value) < norm:  # the cast must not round below, not even of what has few digits
+        value = torch.nextafter(value, value.new_tensor(inf))
     if not weight.requires_grad:
-        return kernel.new_tensor(norm)
+        return value
     theta = found.theta[None]
     block = symbol(kernel[found.group : found.group + 1].to(theta), theta)[0, 0]
     attained = matrix_norm(block) * (norm / found.value if found.value else 1.0)
-    return with_gradient(kernel.new_tensor(norm), attained.to(kernel))
+    return with_gradient(value, attained.to(kernel))
+
+
+def _checked(op: LinearOperator) -> LinearOperator:
+    """The operator in float32 or better, if its weights are finite."""
+    for factor in op.factors if isinstance(op, ComposedOperator) else (op,):
+        if isinstance(factor, KernelOperator):
+            check_finite(factor.weight)
+    return op.to(torch.promote_types(op.dtype, torch.float32))
 
 
 def check_finite(weight: Tensor) -> None:
@@ -185,7 +209,7 @@ def check_finite(weight: Tensor) -> None:
         raise ValueError("`weight` contains NaN or infinity: look at the training step before; the weight is left as it is.")
 
 
-def spectral_norms(ops: Sequence[LinearOperator], rtol: float = 1e-3) -> list[Tensor]:
+def spectral_norms(ops: Sequence[LinearOperator | nn.Module], rtol: float = 1e-3) -> list[Tensor]:
     """The norm of each of many operators, as by `spectral_norm`, with layers of equal shape treated together.
 
     Matrices and circular convolutions with equal canonical shape, of at most 24 rows or columns, go through one batched
@@ -193,7 +217,7 @@ def spectral_norms(ops: Sequence[LinearOperator], rtol: float = 1e-3) -> list[Te
     lattice operator looks at frequencies of its own for every kernel.
 
     Args:
-        ops: any operators, of any dtypes and devices.
+        ops: any operators or layers, of any dtypes and devices.
         rtol: relative width of the lattice certificates, at least 1e-6.
 
     Returns:
@@ -211,19 +235,22 @@ def spectral_norms(ops: Sequence[LinearOperator], rtol: float = 1e-3) -> list[Te
     """
     if not 1e-6 <= rtol < 1:
         raise ValueError(f"`rtol` must lie in [1e-6, 1); got {rtol!r}.")
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for i, op in enumerate(ops):
-        kernel, grid = op.canonical(), op.frequency_grid
-        together = grid is not None and min(kernel.shape[1:3]) <= _BATCHED
-        alike.setdefault((grid, kernel.shape, kernel.dtype, kernel.device) if together else (i,), []).append(i)
+    alike: dict[tuple[object, ...], list[tuple[int, KernelOperator]]] = {}
     norms: dict[int, Tensor] = {}
+    for i, op in enumerate(map(as_operator, ops)):
+        grid = op.frequency_grid if isinstance(op, KernelOperator) else None
+        if isinstance(op, KernelOperator) and grid is not None and min((kernel := op.canonical()).shape[1:3]) <= _BATCHED:
+            alike.setdefault((grid, kernel.shape, kernel.dtype, kernel.device), []).append((i, op))
+        else:
+            norms[i] = spectral_norm(op, rtol)
     for members in alike.values():
-        several = _norms_together if len(members) > 1 else lambda one: [spectral_norm(one[0], rtol)]
-        norms.update(zip(members, several([ops[i] for i in members]), strict=True))
+        indices, together = zip(*members, strict=True)
+        found = _norms_together(together) if len(together) > 1 else [spectral_norm(together[0], rtol)]
+        norms.update(zip(indices, found, strict=True))
     return [norms[i] for i in range(len(ops))]
 
 
-def _norms_together(ops: Sequence[LinearOperator]) -> list[Tensor]:
+def _norms_together(ops: Sequence[KernelOperator]) -> list[Tensor]:
     """The norms of small operators with equal canonical shapes on equal frequency grids: one batch of eigenvalues."""
     grid = ops[0].frequency_grid
     assert grid is not None
@@ -255,7 +282,7 @@ def _norms_together(ops: Sequence[LinearOperator]) -> list[Tensor]:
     return norms
 
 
-@full_precision
+@on_operator
 def asymptotic_singular_values(op: LinearOperator, input_size: int | Sequence[int] | None = None) -> Tensor:
     """All singular values of a zero-padded convolution, approximately, at a cost that does not grow with the input.
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .low_rank import clip_update
 from .operators import DenseOperator, as_operator
-from .operators.base import LinearOperator
+from .operators.base import KernelOperator
 from .operators.layers import lora_factors
-from .weights import full, pruning_mask, write_
+from .weights import full, held, pruning_mask, write_
 
 #: What `LoraTarget.clipped` has found: the base weight and the left factors, each None where it stays.
 LoraChange = tuple[Tensor | None, list[Tensor] | None]
@@ -27,9 +26,20 @@ class Target:
     layers: list[nn.Module]
     outputs: slice | None = None
 
-    def operators(self) -> list[LinearOperator]:
-        """An operator for each layer; tied layers may apply the same weight with different geometries."""
-        return [_part(as_operator(layer), self.outputs) for layer in self.layers]
+    def operators(self) -> list[KernelOperator]:
+        """An operator for each layer, all of one weight; tied layers may apply it with different geometries, or transposed."""
+        operators = [_part(as_operator(layer), self.outputs) for layer in self.layers]
+        return [operators[0], *(_as_it_lies(op, operators[0].weight) for op in operators[1:])]
+
+    def leaves(self) -> list[Tensor]:
+        """The parameters that the weight is made of."""
+        return list(held(self.layers[0]).leaves)
+
+    def trains(self) -> bool:
+        """Whether any of these requires a gradient."""
+        # most layers are frozen whole or not at all, and to make a weight may cost more than to look
+        each = {p.requires_grad for p in self.layers[0].parameters()}
+        return each.pop() if len(each) == 1 else any(leaf.requires_grad for leaf in self.leaves())
 
     def mask(self) -> Tensor | None:
         """What torch's pruning lays over the weight, if anything."""
@@ -38,9 +48,9 @@ class Target:
             return mask
         return _rows(mask, self.outputs, as_operator(self.layers[0]).transposed)
 
-    def parametrized(self) -> list[nn.Module]:
-        """The layers whose weight `write_` assigns through a parametrization, which may refuse."""
-        return [layer for layer in self.layers[:1] if is_parametrized(layer, "weight")]
+    def may_refuse(self) -> list[nn.Module]:
+        """The layers whose weight `write_` sets through an inverse map, which may refuse it or round it."""
+        return [layer for layer in self.layers[:1] if not held(layer).plain]
 
     def write_(self, weight: Tensor) -> None:
         """Give the layers this weight, of the shape of the operators'."""
@@ -62,15 +72,24 @@ class LoraTarget:
     #: The bound that it is known to obey: a frozen one is looked at until then.
     _base_within: float = field(default=float("inf"), repr=False)
 
-    def operators(self) -> list[LinearOperator]:
+    def operators(self) -> list[KernelOperator]:
         """One operator: that of the sum."""
         weight, left, right = self._sum()
         return [DenseOperator(weight.to(right) + left.to(right) @ right)]
 
-    def parametrized(self) -> list[nn.Module]:
-        """The layers whose weight `write_` assigns through a parametrization, which may refuse."""
-        own = [b for _, b, _ in lora_factors(self.layers[0]) if is_parametrized(b, "weight")]
-        return own if self.base is None else own + self.base.parametrized()
+    def leaves(self) -> list[Tensor]:
+        """The parameters of the adapters, and of the base weight."""
+        own = [leaf for a, b, _ in lora_factors(self.layers[0]) for layer in (a, b) for leaf in held(layer).leaves]
+        return own if self.base is None else own + self.base.leaves()
+
+    def trains(self) -> bool:
+        """Whether any of these requires a gradient; the base weight is most often frozen."""
+        return any(leaf.requires_grad for leaf in self.leaves())
+
+    def may_refuse(self) -> list[nn.Module]:
+        """The layers whose weight `write_` sets through an inverse map, which may refuse it or round it."""
+        own = [b for _, b, _ in lora_factors(self.layers[0]) if not held(b).plain]
+        return own if self.base is None else own + self.base.may_refuse()
 
     @torch.no_grad()
     def clipped(self, project: Callable[[Target], Tensor | None], max_norm: float) -> LoraChange | None:
@@ -116,7 +135,7 @@ class LoraTarget:
         return _matrix(self.base.operators()[0]), left, right
 
 
-def _matrix(op: LinearOperator) -> Tensor:
+def _matrix(op: KernelOperator) -> Tensor:
     """The operator's weight as (out, in)."""
     weight = full(op.weight)
     return weight.T if op.transposed else weight
@@ -127,7 +146,14 @@ def _rows(weight: Tensor, outputs: slice, transposed: bool) -> Tensor:
     return weight[:, outputs] if transposed else weight[outputs]
 
 
-def _part(op: LinearOperator, outputs: slice | None) -> LinearOperator:
+def _as_it_lies(op: KernelOperator, weight: Tensor) -> KernelOperator:
+    """The operator with its matrix the way round that `weight` has, if it lies in memory transposed to that."""
+    here = op.weight
+    turned = here.shape != weight.shape or (min(here.shape) > 1 and here.stride() != weight.stride())
+    return DenseOperator(here.T, transposed=not op.transposed) if turned and isinstance(op, DenseOperator) else op
+
+
+def _part(op: KernelOperator, outputs: slice | None) -> KernelOperator:
     if outputs is None:
         return op
     return DenseOperator(_rows(full(op.weight), outputs, op.transposed), transposed=op.transposed)

@@ -11,9 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import spectral_hooks as sh
+
+try:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import FSDPModule, fully_shard
 
 make = sh.parametrizations
 PROCESSES, STEPS = 2, 3

@@ -49,7 +49,7 @@ def norms(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, float]:
 
 def assert_inside(model: nn.Module, bound: float = 1.0) -> None:
     assert norms(model)
-    assert {name: norm for name, norm in norms(model).items() if norm > bound * (1 + 1e-5)} == {}
+    assert {name: norm for name, norm in norms(model).items() if norm > bound * (1 + 1e-6)} == {}
 
 
 def is_outside(model: nn.Module) -> bool:
@@ -163,7 +163,7 @@ def test_max_norm_and_selection_are_obeyed() -> None:
     hook = sh.SpectralClip(0.3, exclude="5")
     hook.attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert torch.equal(model[5].weight, head)
-    assert max(norms(model, skip=("5",)).values()) <= 0.3 * (1 + 1e-5)
+    assert max(norms(model, skip=("5",)).values()) <= 0.3 * (1 + 1e-6)
     assert hook.skipped["5"] == "excluded"
     assert "BatchNorm2d" in hook.skipped["1"]
     assert hook.clipped == 2
@@ -340,7 +340,7 @@ def test_copies_carry_the_settings_not_the_model(duplicate) -> None:
     assert twin.skipped == {}
     other = network()
     twin.attach(other, torch.optim.SGD(other.parameters(), lr=1.0))
-    assert max(norms(other, skip=("5",)).values()) <= 0.5 * (1 + 1e-5)
+    assert max(norms(other, skip=("5",)).values()) <= 0.5 * (1 + 1e-6)
     assert hook.skipped["5"] == "excluded"
 
 
@@ -481,9 +481,9 @@ def test_parametrized_layers(wrap) -> None:
         sh.SpectralClip(0.5).attach(model, optimizer)
         model(torch.ones(1, 2, 3, 3)).sum().backward()
         optimizer.step()
-        assert max(norms(model).values()) <= 0.5 * (1 + 1e-5)
+        assert max(norms(model).values()) <= 0.5 * (1 + 1e-6)
     else:
-        with pytest.raises(ValueError, match=r"^0: the parametrization _SpectralNorm did not take.*exclude"):
+        with pytest.raises(ValueError, match=r"^layer 0, after step 0: the parametrization _SpectralNorm did not take.*exclude"):
             sh.SpectralClip(0.1).attach(model, optimizer)
     assert list(model.state_dict()) == keys
 
@@ -518,7 +518,7 @@ def test_a_non_finite_weight_names_layer_and_step_and_touches_nothing(name: str,
     with torch.no_grad():
         for p, q in zip(expected.parameters(), model.parameters(), strict=True):
             p.sub_(5.0 * q.grad)
-    with pytest.raises(ValueError, match=rf"^{name}, after step 2: .*NaN or infinity"):
+    with pytest.raises(ValueError, match=rf"^layer {name}, after step 2: .*NaN or infinity"):
         optimizer.step()
     for p, q in zip(expected.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p, q, equal_nan=True)
@@ -532,7 +532,7 @@ def test_a_weight_that_cannot_be_written_leaves_all_others_alone() -> None:
     # in training mode torch's spectral_norm moves its buffers whenever the weight is read
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"^1: "):
+    with pytest.raises(ValueError, match=r"^layer 1, after step 0: "):
         sh.SpectralClip(0.1).attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

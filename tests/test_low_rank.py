@@ -74,6 +74,14 @@ def test_it_is_the_nearest_and_leaves_an_update(shape) -> None:
     assert norm(new @ right) > 0.2 * min(1, norm(left @ right))
 
 
+@pytest.mark.parametrize("power", [-700, -300, 300, 700])
+def test_it_scales_with_the_bound(power: int) -> None:
+    """Bit for bit, although squares of the bound leave the range of float64."""
+    weight, left, right = case(*CASES[0])
+    scale = 2.0**power
+    assert torch.equal(clip_update(weight * scale, left * scale, right, scale) / scale, clip_update(weight, left, right))
+
+
 def test_without_a_base_it_clips_the_singular_values_of_the_product() -> None:
     _, left, right = case(9, 6, 3, 1.0)
     new = clip_update(torch.zeros(9, 6, dtype=torch.float64), left, right, max_norm=0.7)

@@ -6,7 +6,9 @@ import copy
 import pickle
 from functools import reduce
 from itertools import product
+from math import lcm
 
+import numpy as np
 import pytest
 import torch
 from cases import CONVS, FEW_CONVS, MATRICES, Case, apply_to_identity, resized
@@ -155,6 +157,56 @@ def test_every_circular_padding_at_every_small_size(k: int, stride: int, dilatio
             assert dense_norm(matrix) <= bound * (1 + 1e-12), (padding, n)
             finite = as_operator(layer, input_size=n)
             assert dense_norm(matrix) <= finite.lattice_factor * lattice_of_canonical(finite) * (1 + 1e-12), (padding, n)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("stride", [2, 3, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_circular_layers_whose_rows_meet_as_on_the_lattice_have_its_norm(k: int, stride: int, dilation: int) -> None:
+    """Derived apart from the library: rows meet in a way of their own if `A Aᵀ` has entries where the lattice's has none.
+
+    With taps that are random numbers, no sum of products of them is zero by chance.
+    """
+    weight = torch.randn(1, 1, k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    correlation = torch.zeros(2 * dilation * (k - 1) + 1, dtype=torch.float64)
+    for (i, a), (j, b) in product(enumerate(weight[0, 0]), repeat=2):
+        correlation[dilation * (i - j + k - 1)] += a * b
+    reach = len(correlation) // 2
+    strided = float(sh.spectral_norm(sh.ConvOperator(weight, stride=stride, dilation=dilation), rtol=1e-5))
+    plain = float(sh.spectral_norm(sh.ConvOperator(weight, dilation=dilation), rtol=1e-5))
+    alone = set()
+    for padding in range(reach + 1):
+        op = sh.ConvOperator(weight, stride=stride, dilation=dilation, padding=padding, padding_mode="circular")
+        harmless, largest = True, 0.0
+        for n in range(max(padding, reach + 1 - 2 * padding, 1), 26):
+            here = sh.ConvOperator(weight, stride, padding, dilation=dilation, padding_mode="circular", input_size=n)
+            matrix = here.to_dense()
+            largest = max(largest, dense_norm(matrix))
+            gram = matrix @ matrix.T
+            for (i, row), j in product(enumerate(gram), range(len(gram))):
+                # those of the lattice whose period is the least that the stride divides
+                period = lcm(stride, n)
+                shifts = [s for s in range(-reach, reach + 1) if (s - stride * (i - j)) % period == 0]
+                wanted = sum(float(correlation[s + reach]) for s in shifts)
+                harmless &= abs(float(row[j]) - wanted) < 1e-9
+        bound = float(sh.spectral_norm(op, rtol=1e-5))
+        assert largest <= bound * (1 + 1e-9)
+        repeats = 2**0.5 if 2 * padding > reach else 1
+        if harmless:
+            assert bound <= repeats * strided * (1 + 2e-5), padding
+            alone.add(padding)
+        elif repeats == 1:
+            assert bound <= plain * (1 + 2e-5), padding
+    assert 0 in alone
+
+
+def test_a_circular_layer_that_does_not_wrap_is_not_clipped() -> None:
+    """Patches, which the stride-one operator's norm would halve."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 32, 4, stride=4, padding_mode="circular")
+    zeros = sh.ConvOperator(layer.weight.detach(), stride=4)
+    assert float(sh.spectral_norm(as_operator(layer)).detach()) == pytest.approx(float(sh.spectral_norm(zeros)), rel=1e-6)
+    assert torch.equal(sh.projections.clip(as_operator(layer), 1.0), layer.weight)
 
 
 def lattice_of_canonical(op: sh.LinearOperator) -> float:
@@ -401,6 +453,9 @@ def test_dynamically_quantized_linear_is_refused() -> None:
         ({"padding": "full"}, "padding"),
         ({"padding": (1,)}, "padding"),
         ({"padding": "same", "stride": 2}, "padding"),
+        ({"padding": [(1, 2)]}, "padding"),
+        ({"padding": [(1,), (2,)]}, "padding"),
+        ({"padding": "same", "transposed": True}, "padding"),
         ({"groups": 3}, "groups"),
         ({"groups": 0}, "groups"),
         ({"padding_mode": "mirror"}, "padding_mode"),
@@ -420,9 +475,9 @@ def test_wrong_arguments_are_named(settings: dict, argument: str) -> None:
         sh.ConvOperator(torch.ones(4, 2, 3, 3), **settings)
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (1, 1, 1, 1, 1, 1), (3,), (0, 2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3), (1, 1, 1, 1, 1, 1), (3,), (3, 2, 0), (3, 2, 3, 0)], ids=str)
 def test_wrong_kernel_ranks(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="`weight` must be a non-empty kernel"):
+    with pytest.raises(ValueError, match="`weight` must be a kernel"):
         sh.ConvOperator(torch.ones(shape))
 
 
@@ -513,3 +568,42 @@ def test_operators_do_not_touch_the_layer() -> None:
     before = {name: p.clone() for name, p in layer.state_dict().items()}
     sh.spectral_norm(as_operator(layer))
     assert all(torch.equal(before[name], p) for name, p in layer.state_dict().items())
+
+
+# -- what is no dense weight ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "remedy"),
+    [
+        (lambda w: w.to_sparse(), NotImplementedError, "to_dense"),
+        (lambda w: w.to_sparse_csr(), NotImplementedError, "to_dense"),
+        (lambda w: w.to(torch.float8_e4m3fn), NotImplementedError, "float"),
+        (lambda w: w.to(torch.float8_e5m2), NotImplementedError, "float"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), TypeError, "dequantize"),
+        (lambda w: w.to(torch.complex64), TypeError, "real"),
+        (lambda w: w.to(torch.int32), TypeError, "floating-point"),
+    ],
+    ids=["coo", "csr", "e4m3fn", "e5m2", "quantized", "complex", "integer"],
+)
+def test_weights_that_are_not_the_map_are_refused(change, error: type[Exception], remedy: str) -> None:
+    with pytest.raises(error, match=f"`weight`.*{remedy}"):
+        sh.DenseOperator(change(torch.randn(4, 4)))
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d(2, 2, 3, padding="same"), nn.ConvTranspose2d(2, 2, 3, padding="valid")])
+def test_a_transposed_layer_with_a_word_for_padding_is_refused_by_name(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"`padding` of a transposed convolution must be numbers.*(same|valid).*Give an int"):
+        as_operator(layer)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    weight = torch.randn(4, 3, 3)
+    op = sh.ConvOperator(weight, np.int64(2), np.array([1]), dilation=np.int32(1), groups=np.int64(1), input_size=np.int64(8))
+    plain = sh.ConvOperator(weight, 2, 1, input_size=8)
+    assert repr(op) == repr(plain)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(0, 3), nn.Linear(3, 0)], ids=str)
+def test_singular_values_of_nothing(layer: nn.Module) -> None:
+    assert sh.singular_values(as_operator(layer)).shape == (0,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,3 +88,15 @@ def test_adapter_imports_from_the_wheel(adapter: str, installed: Path, tmp_path:
     found = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed), KERAS_BACKEND="torch")
     found = found.strip().splitlines()[-1]
     assert Path(found) == installed / "spectral_hooks" / "integrations" / f"{adapter}.py"
+
+
+def _versions(text: str) -> dict[str, str]:
+    """The lower bound or the pin of each package."""
+    return {name.lower().replace("_", "-"): version for name, version in re.findall(r"([A-Za-z][\w-]*)(?:>=|==)([\d.]+)", text)}
+
+
+def test_the_oldest_environment_is_at_the_lower_bounds() -> None:
+    """What `make test-oldest` installs is a release of each lower bound in pyproject.toml, and nothing is left out."""
+    pins, bounds = (_versions((ROOT / name).read_text()) for name in ("tests/oldest.txt", "pyproject.toml"))
+    assert {name: pin for name, pin in pins.items() if not f"{pin}.".startswith(f"{bounds.get(name, pin)}.")} == {}
+    assert pins.keys() - {"torchvision"} == bounds.keys()

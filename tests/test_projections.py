@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from cases import FEW_CONVS, MATRICES, PROJECTIONS, Case, apply_to_identity, resized
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_hooks as sh
-from spectral_hooks import group_norms, projections
+from spectral_hooks import group_norms, intersection, projections
 from spectral_hooks.lattice import grid_norm, lattice_norm
 
 projection = pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
@@ -44,7 +50,7 @@ def test_lattice_projection_holds_at_every_size(case: Case, project) -> None:
     for more in (0, 1, 3) if len(case.size) < 3 else (0, 1):
         size = tuple(n + more for n in case.size)
         norm = float(torch.linalg.matrix_norm(apply_to_identity(layer, resized(case, size).in_shape), ord=2))
-        assert norm <= 0.7 * (1 + 1e-5), size
+        assert norm <= 0.7 * (1 + 1e-6), size
     assert torch.equal(project(op.with_weight(inside), 0.7), inside)
 
 
@@ -63,7 +69,7 @@ def test_finite_projection_holds_at_its_size(case: Case, project) -> None:
 def test_circular_projection_holds_at_its_size(case: Case, project) -> None:
     op = case.operator(loud(case), finite=False).circular(case.size)
     inside = project(op, 0.7)
-    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-5)
+    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-6)
     assert torch.equal(project(op.with_weight(inside), 0.7), inside)
 
 
@@ -73,7 +79,7 @@ def test_matrix_projection(shape: tuple[int, int], project) -> None:
     torch.manual_seed(0)
     op = sh.DenseOperator(torch.randn(shape) * 3)
     inside = project(op, 0.7)
-    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-5)
+    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-6)
     assert torch.equal(project(op.with_weight(inside), 0.7), inside)
 
 
@@ -100,15 +106,197 @@ def test_clip_is_never_farther_than_rescale(case: Case, rounds: int) -> None:
         assert distance(clipped, weight) <= distance(scaled, weight) * (1 + 1e-9)
 
 
-@projection
-def test_scales_with_the_bound(project) -> None:
-    """`P(t W, t c) = t P(W, c)` for a power of two."""
+#: Operators from a weight, of every kind that takes another way, and the shape of the weight.
+KINDS = {
+    "matrix": (sh.DenseOperator, (6, 9)),
+    "lattice": (partial(sh.ConvOperator, padding=1), (4, 3, 3, 3)),
+    "groups": (partial(sh.ConvOperator, stride=2, groups=2), (4, 2, 3)),
+    "patches": (partial(sh.ConvOperator, stride=2), (4, 2, 2, 2)),
+    "circular": (partial(sh.ConvOperator, padding=1, padding_mode="circular", input_size=6), (4, 3, 3, 3)),
+    "seam": (partial(sh.ConvOperator, stride=2, padding=1, padding_mode="circular", input_size=5), (4, 3, 3)),
+    "zero-padded": (partial(sh.ConvOperator, padding=1, input_size=5), (4, 3, 3, 3)),
+    "zero-padded groups": (partial(sh.ConvOperator, padding=1, groups=2, input_size=5), (4, 2, 3, 3)),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+GUARANTEED = (projections.clip, projections.rescale, projections.band, projections.polar)
+OTHERS = (projections.hammer, projections.soft_cap, projections.parseval, projections.clipped_decay)
+
+
+def norm_of(op: sh.LinearOperator, weight: Tensor, scale: float) -> float:
+    """The norm of a weight over `scale`, from a dense matrix; a lattice operator's on a circle."""
+    op = op.with_weight(weight.double() / scale)
+    return float(torch.linalg.matrix_norm((op if op.is_finite else op.circular(12)).to_dense(), ord=2))
+
+
+@kinds
+@pytest.mark.parametrize(("dtype", "powers"), [(torch.float32, (-118, -76, 60, 122)), (torch.float64, (-990, -600, 520, 1010))])
+def test_projections_scale_with_the_bound(kind: str, dtype: torch.dtype, powers: tuple[int, ...]) -> None:
+    """`P(t W, t c) = t P(W, c)` for a power of two, to rounding, although squares of the entries leave the range."""
+    make, shape = KINDS[kind]
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    bound = 0.6 * norm_of(make(weight), weight, 1.0)
+    for project in (*GUARANTEED, *OTHERS):
+        plain = project(make(weight), bound)
+        for power in powers:
+            scaled = project(make(torch.ldexp(weight.double(), torch.tensor(power)).to(dtype)), bound * 2.0**power)
+            # not bit for bit: the room that is left for rounding is larger near the smallest numbers
+            off = float((scaled.double() * 2.0**-power - plain.double()).abs().max())
+            assert off <= 4 * torch.finfo(dtype).eps * float(plain.abs().max()), (project.__name__, power)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("share", [0.1, 0.9, 0.999])
+def test_entries_at_the_largest_number_stay_finite(kind: str, dtype: torch.dtype, share: float) -> None:
+    """Clipping lets entries grow, here beyond what the dtype can hold."""
+    make, shape = KINDS[kind]
+    largest = torch.finfo(dtype).max
+    weight = torch.full(shape, largest, dtype=dtype)
+    weight.view(-1)[1::5] *= -1
+    op, scale = make(weight), float(largest)
+    bound = share * norm_of(op, weight, scale)
+    slack = 1e-5 if kind.startswith(("zero-padded", "seam")) else 1e-6
+    for project in (*GUARANTEED, *OTHERS):
+        found = project(op, bound * scale)
+        assert bool(torch.isfinite(found).all()), project.__name__
+        assert project in OTHERS or norm_of(op, found, scale) <= bound * (1 + slack), project.__name__
+    moved, scaled = (distance(p(op, bound * scale) / 2, weight / 2) for p in (projections.clip, projections.rescale))
+    assert moved <= scaled
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_stored_values_obey_bounds_among_the_smallest_numbers(kind: str, dtype: torch.dtype) -> None:
+    """Rounding is as large as the entries there; where nothing else fits, zeros do."""
+    make, shape = KINDS[kind]
     torch.manual_seed(0)
-    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64)
-    plain = project(sh.ConvOperator(weight), 1.0)
-    for power in (-60, 60):
-        scaled = project(sh.ConvOperator(weight * 2.0**power), 2.0**power)
-        torch.testing.assert_close(scaled * 2.0**-power, plain, rtol=1e-9, atol=1e-9)
+    spacing = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    for size in (1.0, 40 * spacing):
+        op = make((torch.randn(shape, dtype=torch.float64) * size).to(dtype))
+        for multiple in (0.3, 1.5, 7.0, 100.0):
+            for project in (projections.clip, projections.rescale):
+                found = project(op, multiple * spacing)
+                assert norm_of(op, found, spacing) <= multiple * (1 + 1e-5)
+                assert multiple > 1 or not found.any()
+
+
+@pytest.mark.parametrize("power", [-74, -60, 0, 60])
+def test_a_large_matrix_that_is_inside_stays_at_every_scale(power: int) -> None:
+    """Of rank one, whose squares underflow: no power step may see it outside."""
+    weight = torch.full((384, 384), 1.1 * 2.0**power)
+    bound = 1.05 * 384 * 1.1 * 2.0**power
+    assert projections.clip(sh.DenseOperator(weight), bound) is weight
+    assert not torch.equal(projections.clip(sh.DenseOperator(weight), 0.9 * bound), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["matrix", "patches", "lattice"])
+def test_rounding_does_not_take_a_clip_farther_than_scaling(kind: str, dtype: torch.dtype) -> None:
+    make, shape = KINDS[kind]
+    for seed in range(20):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for share in (0.999, 0.99, 0.9):
+            op = make(weight)
+            bound = share * float(sh.spectral_norm(op))
+            clipped, scaled = (distance(project(op, bound), weight) for project in (projections.clip, projections.rescale))
+            assert clipped <= scaled, (seed, share)
+
+
+FLAT = {
+    "square": torch.nn.Conv2d(4, 4, 3, padding=1, bias=False),
+    "more outputs": torch.nn.Conv2d(3, 6, 3, padding=1, bias=False),
+    "strided": torch.nn.Conv2d(4, 8, 4, stride=2, padding=1, bias=False),
+    "one axis": torch.nn.Conv1d(5, 5, 5, padding=2, bias=False),
+    "wide": torch.nn.Conv2d(12, 12, 3, padding=1, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_flat_spectrum_that_is_inside_by_the_width_of_the_certificate_stays(name: str) -> None:
+    """All singular values are one, so that no frequency is told from another; and the plateau that a clip leaves is as flat."""
+    torch.manual_seed(0)
+    layer = sh.remove_spectral(sh.parametrizations.orthogonal(copy.deepcopy(FLAT[name])))
+    op = sh.as_operator(layer)
+    width = 1e-3 if op.weight.shape[0] <= 8 else 2e-3
+    peak = float(sh.spectral_norm(op.with_weight(op.weight.detach()), rtol=1e-4))
+    for project in (projections.clip, projections.rescale):
+        assert torch.equal(project(op, peak * (1 + width)), op.weight)
+        once = project(op, 0.8)
+        assert torch.equal(project(op.with_weight(once), 0.8 * (1 + width)), once)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 4, 3, 3), (4, 0, 3, 3)], ids=str)
+def test_weights_without_entries_are_left_alone(shape: tuple[int, ...]) -> None:
+    weight = torch.empty(shape, requires_grad=True)
+    make = sh.DenseOperator if len(shape) == 2 else sh.ConvOperator
+    norm = sh.spectral_norm(make(weight))
+    norm.backward()
+    assert float(norm) == 0
+    for project in (*GUARANTEED, *OTHERS):
+        assert project(make(weight), 1.0).shape == shape
+
+
+def test_hooks_skip_no_layer_because_another_is_empty() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of an initialization without entries
+        model = torch.nn.Sequential(torch.nn.Linear(0, 5), torch.nn.Linear(5, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sh.SpectralClip(0.5).attach(model, optimizer)
+    for _ in range(2):
+        model(torch.zeros(2, 0)).square().sum().backward()
+        optimizer.step()
+        assert float(torch.linalg.matrix_norm(model[1].weight.detach().double(), 2)) <= 0.5 * (1 + 1e-6)
+
+
+class _Largest(TorchDispatchMode):
+    """The most entries that any tensor had that an operation made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            self.entries = max(self.entries, one.numel() if isinstance(one, Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize(("channels", "groups"), [((1, 1), 1), ((2, 3), 1), ((4, 1), 4)])
+def test_many_taps_cost_like_the_frequencies_and_not_times_the_taps(channels: tuple[int, int], groups: int) -> None:
+    kernel = torch.randn(channels[0], channels[1], 21, 21, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    op = sh.ConvOperator(kernel, groups=groups)
+    symbols = torch.fft.fft2(kernel, s=(128, 128)).movedim((-2, -1), (0, 1)).flatten(0, 1)
+    symbols = symbols.unflatten(1, (groups, -1))
+    level = 0.5 * float(torch.linalg.matrix_norm(symbols, 2).max())
+    with _Largest() as largest:
+        clipped, _ = intersection.clip_kernel(op, op.canonical(), level, 3)
+    fine = (2 * 6 * 20) ** 2
+    assert largest.entries <= 2 * fine * kernel[..., 0, 0].numel()
+    found = torch.fft.fft2(clipped, s=(480, 480)).permute(3, 4, 0, 1, 2)
+    assert float(torch.linalg.matrix_norm(found, 2).max()) <= 1.02 * level
+
+
+@pytest.mark.parametrize("taps", [(11,), (6, 5), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 2), (1, 1, 4)], ids=str)
+def test_both_transforms_clip_alike(shape: tuple[int, ...], taps: tuple[int, ...], monkeypatch) -> None:
+    """An FFT for many taps, a matrix product for few."""
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.randn(*shape, *taps, generator=generator, dtype=torch.float64)
+    op = sh.ConvOperator(kernel.flatten(0, 1), groups=shape[0])
+    found = []
+    for few in (0, 10**6):
+        monkeypatch.setattr(intersection, "_FEW_TAPS", few)
+        found.append(projections.clip(op, 2.0, rounds=4))
+        found.append(projections.band(op, 2.0, min_norm=1.0))
+    # the norm between frequencies is found to a few parts in a million only
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1], found[3], rtol=0, atol=1e-9)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    op = sh.DenseOperator(torch.diag(torch.tensor([3.0, 0.5])))
+    for number in (np.float32(1), np.float64(1), np.int64(1)):
+        assert torch.equal(projections.clip(op, number, rounds=np.int64(3)), projections.clip(op, 1.0))
 
 
 def test_more_rounds_come_nearer() -> None:
@@ -182,7 +370,7 @@ def check_accuracy(found: Tensor, weight: Tensor, bound: float = 1.0) -> None:
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     reference = (u * s.clamp(max=bound)) @ vh
     assert found.dtype == torch.float32
-    assert float(torch.linalg.matrix_norm(found.double(), ord=2)) <= bound * (1 + 1e-5)
+    assert float(torch.linalg.matrix_norm(found.double(), ord=2)) <= bound * (1 + 1e-6)
     assert distance(found, reference) <= 1e-4 * float(reference.norm())
 
 
@@ -233,7 +421,7 @@ def test_float32_circular_convolutions_obey(stride: int, groups: int, ratio: flo
     op = sh.ConvOperator(torch.randn(8, 6 // groups, 3, 3), stride=stride, padding=1, groups=groups).circular(8)
     bound = float(sh.spectral_norm(op)) / ratio
     for project in (projections.clip, projections.rescale):
-        assert dense_norm(op, project(op, bound)) <= bound * (1 + 1e-5)
+        assert dense_norm(op, project(op, bound)) <= bound * (1 + 1e-6)
 
 
 # -- groups: each an operator of its own --------------------------------------------------------------------------------------
@@ -399,7 +587,7 @@ def test_awkward_kernels(weight: Tensor, project) -> None:
     op = sh.ConvOperator(weight, padding=1)
     inside = project(op, 1.0)
     norm = dense_norm(sh.ConvOperator(weight, padding=1, input_size=7), inside)
-    assert norm <= 1 + 1e-5
+    assert norm <= 1 + 1e-6
     assert float(sh.spectral_norm(op.with_weight(inside))) >= min(0.99, 0.99 * float(sh.spectral_norm(op)))
     assert torch.equal(project(op.with_weight(inside), 1.0), inside)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
+import spectral_hooks as sh
+from spectral_hooks import DenseOperator, as_operator
 from spectral_hooks.selection import select
 
 
@@ -218,3 +224,380 @@ def test_timm_layers_that_rewrite_their_weight_are_skipped_by_name() -> None:
     chosen = select(nn.Sequential(layers.StdConv2d(2, 2, 3), nn.Linear(2, 2)))
     assert [target.name for target in chosen.targets] == ["1"]
     assert "StdConv2d standardizes" in chosen.skipped["0"]
+
+
+# -- every parameter is constrained or has a reason -------------------------------------------------------------------------
+
+
+class Raw(nn.Module):
+    """Parameters of its own, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(5, 5))
+        self.bias = nn.Parameter(torch.zeros(5))
+        self.proj = nn.Linear(5, 5)
+
+
+class Twofold(nn.Module):
+    """Its operator is made of one of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Parameter(torch.randn(4, 4))
+        self.other = nn.Parameter(torch.randn(40, 4))
+
+
+as_operator.register(Twofold, lambda layer, input_size=None: DenseOperator(layer.used))
+
+
+def tied_embedding() -> nn.Module:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 5), "mid": nn.Linear(5, 5), "head": nn.Linear(5, 7)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+def frozen_backbone() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Linear(4, 2))
+    model[:2].requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "net": Net,
+    "recurrent": lambda: nn.ModuleDict({"rnn": nn.LSTM(8, 16), "gru": nn.GRUCell(4, 4), "head": nn.Linear(16, 2)}),
+    "attention": lambda: nn.TransformerEncoderLayer(16, 2, 32),
+    "bilinear": lambda: nn.ModuleDict({"pair": nn.Bilinear(3, 4, 5), "head": nn.Linear(5, 2)}),
+    "raw": Raw,
+    "twofold": lambda: nn.Sequential(Twofold(), nn.Linear(4, 4)),
+    "tied embedding": tied_embedding,
+    "frozen": frozen_backbone,
+    "weight norm of an embedding": lambda: nn.Sequential(parametrizations.weight_norm(nn.Embedding(5, 4)), nn.Linear(4, 4)),
+    "empty": lambda: nn.Sequential(nn.Linear(0, 5), nn.Linear(5, 5), nn.Linear(5, 0)),
+    "complex": lambda: nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 3)),
+}
+
+
+def as_target(layer: nn.Module, exclude) -> bool:
+    """Whether there is something to bound."""
+    excluded = isinstance(layer, exclude) if isinstance(exclude, type) else exclude is not None and exclude(layer)
+    kinds = (nn.Linear, nn.Conv2d, Twofold)
+    return isinstance(layer, kinds) and not excluded and all(p.numel() and p.is_floating_point() for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("exclude", [None, nn.Linear, nn.LSTM, lambda layer: isinstance(layer, (nn.Embedding, nn.BatchNorm2d))])
+def test_every_parameter_of_two_or_more_dimensions_is_constrained_or_listed(name: str, exclude) -> None:
+    model = MODELS[name]()
+    hook, optimizer = sh.SpectralClip(1.0, exclude=exclude), torch.optim.SGD(model.parameters(), lr=0.1)
+    if not any(as_target(layer, exclude) for layer in model.modules()):
+        with pytest.raises(ValueError, match="no layer to act on is left"):
+            hook.attach(model, optimizer)
+        return
+    hook.attach(model, optimizer)
+    assert all(hook.skipped.values())
+    for parameter, value in model.named_parameters(remove_duplicate=False):
+        layer = parameter.rpartition(".")[0].split(".parametrizations")[0]
+        if value.ndim < 2 or layer in hook.skipped or parameter in hook.skipped:
+            continue
+        assert float(sh.spectral_norm(as_operator(model.get_submodule(layer)))) <= 1 + 1e-6
+    report = hook.report()
+    assert all(each in report for each in hook.skipped)
+    assert all(report.count(reason) >= 1 for reason in set(hook.skipped.values()))
+
+
+@pytest.mark.parametrize(
+    ("make", "exclude", "free"),
+    [
+        (lambda: nn.ModuleDict({"rnn": nn.LSTM(8, 16), "head": nn.Linear(16, 2)}), None, {"rnn": 64 * 24}),
+        (lambda: nn.ModuleDict({"rnn": nn.LSTM(8, 16), "head": nn.Linear(16, 2)}), "rnn", {}),
+        (lambda: nn.ModuleDict({"rnn": nn.LSTM(8, 16), "head": nn.Linear(16, 2)}), "head", None),
+        (lambda: nn.ModuleDict({"embed": nn.Embedding(1000, 4), "head": nn.Linear(4, 4)}), None, {}),
+        (lambda: nn.ModuleDict({"rnn": nn.GRU(1, 1), "head": nn.Linear(40, 40)}), None, {}),  # less than a tenth
+        (tied_embedding, None, {}),
+        (Raw, None, {"": 25}),
+        (lambda: nn.Sequential(Twofold()), None, {"0.other": 160}),
+        (frozen_backbone, None, {}),  # what is frozen cannot leave
+        (lambda: nn.ModuleDict({"norm": nn.LayerNorm(8), "head": nn.Linear(8, 8)}), None, {}),
+    ],
+)
+def test_one_warning_when_more_than_a_tenth_is_free_for_want_of_support(make, exclude, free) -> None:
+    model = make()
+    if free is None:
+        with pytest.raises(ValueError, match="no layer to act on"):
+            sh.SpectralClip(1.0, exclude=exclude).start(model)
+        return
+    hook = sh.SpectralClip(1.0, exclude=exclude)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hook.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    messages = [str(each.message) for each in caught if "free for want of support" in str(each.message)]
+    assert len(messages) == bool(free)
+    if free:
+        constrained = sum(target.operators()[0].weight.numel() for target in select(model).targets)
+        share = sum(free.values()) / (sum(free.values()) + constrained)
+        assert f"leaves {share:.0%} of the weights" in messages[0]
+        assert all((name or "the model itself") in messages[0] for name in free)
+        assert "hook.report()" in messages[0]
+        (warning,) = [each for each in caught if "free for want" in str(each.message)]
+        assert warning.filename == __file__
+
+
+def test_the_report_gives_each_reason_once() -> None:
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(4, 4), nn.LayerNorm(4))), nn.LSTM(4, 4))
+    hook = sh.SpectralClip(2.5, exclude="0")
+    with pytest.warns(UserWarning, match="free for want of support"):
+        hook.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    report = hook.report()
+    assert "3 weights constrained to norm <= 2.5, 6 layers or weights left out." in report
+    assert report.count("LayerNorm") == 1
+    assert "1, 3, 5, 7" in report
+    # the largest first
+    assert report.index("LSTM") < report.index("excluded")
+
+
+def test_a_tied_embedding_reads_as_bounded() -> None:
+    skipped = select(tied_embedding()).skipped
+    assert skipped == {"embed": "the weight of this Embedding is bounded as that of head"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_are_listed() -> None:
+    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear}, dtype=torch.qint8)
+    buffers = nn.Module()
+    buffers.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+    model = nn.ModuleDict({"q": packed, "gptq": buffers, "head": nn.Linear(3, 3)})
+    skipped = select(model).skipped
+    assert set(skipped) == {"q.0", "gptq"}
+    assert all("no parameter (quantized or packed)" in reason for reason in skipped.values())
+    with pytest.raises(ValueError, match=r"`layers` names q\.0, but the weight of this torch\.ao\..*quantized"):
+        select(model, layers="q.0")
+
+
+def test_messages_say_which_layer_of_which_library() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+    Linear.__module__, Linear.__qualname__ = "torch_geometric.nn.dense.linear", "Linear"
+    assert (
+        "torch_geometric.nn.dense.linear.Linear has no operator" in select(nn.Sequential(Linear(), nn.Linear(2, 2))).skipped["0"]
+    )
+
+
+@pytest.mark.parametrize("layers", ["act", ["stem", "act"]])
+def test_a_layer_without_weights_named_in_full_is_an_error(layers) -> None:
+    with pytest.raises(ValueError, match=r"`layers` names act, a ReLU, which has no weight"):
+        select(Net(), layers=layers)
+
+
+def test_nothing_left_shows_what_the_patterns_matched() -> None:
+    with pytest.raises(ValueError, match=r"`layers` matches act \(ReLU\)"):
+        select(Net(), layers=nn.ReLU)
+    with pytest.raises(ValueError, match=r"`layers` matches stem \(Conv2d\); `exclude` matches .*stem \(Conv2d\).* and \d+ more"):
+        select(Net(), layers="stem", exclude="*")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_an_empty_layer_is_nothing_to_do(shape: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Linear(*shape), nn.Linear(5, 5))
+    with torch.no_grad():
+        model[1].weight.mul_(10)
+    hook = sh.SpectralClip(1.0)
+    hook.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert "its weight is empty" in hook.skipped["0"]
+    assert float(sh.spectral_norm(as_operator(model[1]))) <= 1 + 1e-6
+
+
+# -- several layers of the same parameters ----------------------------------------------------------------------------------
+
+
+class View(nn.Module):
+    """A layer whose matrix is some view of another's parameter."""
+
+    def __init__(self, weight: nn.Parameter, view) -> None:
+        super().__init__()
+        self.weight, self.view = weight, view
+
+
+as_operator.register(View, lambda layer, input_size=None: DenseOperator(layer.view(layer.weight)))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (1, 5)])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_matrix_and_its_transpose_are_one_weight(shape: tuple[int, int], first: bool) -> None:
+    """A decoder that is the encoder transposed: clipped once, for both."""
+    torch.manual_seed(0)
+    encoder = nn.Linear(shape[1], shape[0], bias=False)
+    with torch.no_grad():
+        encoder.weight.mul_(10)
+    u, s, v = torch.linalg.svd(encoder.weight.detach(), full_matrices=False)
+    decoder = View(encoder.weight, lambda w: w.T)
+    hook = sh.SpectralClip(1.0)
+    hook.start(nn.Sequential(decoder, encoder) if first else nn.Sequential(encoder, decoder))
+    assert hook.clipped == 1
+    assert hook.skipped == {"1": "shares the weight of 0"}
+    torch.testing.assert_close(encoder.weight.detach(), u @ torch.diag(s.clamp(max=1)) @ v, rtol=0, atol=1e-6)
+
+
+def test_parts_that_lie_apart_are_weights_of_their_own() -> None:
+    weight = nn.Parameter(10 * torch.randn(6, 6))
+    model = nn.Sequential(View(weight, lambda w: w[:, :3]), View(weight, lambda w: w[:, 3:]))
+    assert names(model) == ["0", "1"]
+    sh.SpectralClip(1.0).start(model)
+    assert all(abs(float(torch.linalg.matrix_norm(part, 2)) - 1) <= 1e-6 for part in weight.detach().chunk(2, dim=1))
+
+
+@pytest.mark.parametrize(
+    "view", [lambda w: w[:2], lambda w: w[:, 1:3], lambda w: w.reshape(8, 2)], ids=["rows", "columns", "shape"]
+)
+def test_views_that_overlap_are_refused(view) -> None:
+    """Either projection would change the other's matrix."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(View(model[0].weight, view))
+    with pytest.raises(ValueError, match=r"layer 2 and layer 0 use the same parameters in different ways"):
+        select(model)
+    assert names(model, exclude="2") == ["0"]
+
+
+def test_other_functions_of_the_same_parameter_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    parametrizations.weight_norm(model[1])
+    model[0].weight = model[1].parametrizations.weight.original1
+    with pytest.raises(ValueError, match=r"use the same parameters in different ways"):
+        select(model)
+
+
+# -- frozen layers ----------------------------------------------------------------------------------------------------------
+
+
+def large() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(10)
+    return model
+
+
+@pytest.mark.parametrize("distribute", [False, True])
+@pytest.mark.parametrize("slack", [0.0, 0.08])
+def test_frozen_weights_are_left_while_training_and_constrained_once_they_are_thawed(distribute: bool, slack: float) -> None:
+    model = large()
+    model[:2].requires_grad_(False)
+    before = {name: value.clone() for name, value in model[:2].state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    hook = sh.SpectralClip(1.0, batch_norm="clip", distribute=distribute, slack=slack, record=True)
+    hook.attach(model.eval(), optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    assert all(torch.equal(value, before[name]) for name, value in model[:2].state_dict().items())
+    assert float(sh.spectral_norm(as_operator(model[2]))) <= 1 + 1e-6
+    assert set(hook.skipped) == {"0", "1"}
+    assert all("frozen" in reason for reason in hook.skipped.values())
+    model.requires_grad_(True)
+    model[2].requires_grad_(False)
+    assert set(hook.skipped) == {"2"}
+    held = model[2].weight.detach().clone()
+    step()
+    assert hook.skipped["2"].startswith("frozen")
+    assert torch.equal(model[2].weight, held)
+    assert float(sh.spectral_norm(as_operator(model[0]))) <= 1 + 1e-6
+    assert float((model[1].weight.abs() / (model[1].running_var + model[1].eps).sqrt()).max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"]])
+def test_a_layer_is_frozen_if_its_weight_is(frozen: list[str]) -> None:
+    model = large()
+    for name in frozen:
+        model[0].get_parameter(name).requires_grad_(False)
+    hook = sh.SpectralClip(1.0)
+    hook.attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert ("0" in hook.skipped) == ("weight" in frozen)
+
+
+def test_all_frozen_is_nothing_to_do() -> None:
+    model = large().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    hook = sh.SpectralClip(1.0, record=True)
+    hook.attach(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    assert hook.clipped == 0
+    assert hook.largest_norm is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_projection_for_once_takes_frozen_weights_too() -> None:
+    model = large().requires_grad_(False)
+    hook = sh.SpectralClip(1.0)
+    hook.start(model)
+    assert hook.clipped == 2
+    assert max(float(sh.spectral_norm(as_operator(model[i]))) for i in (0, 2)) <= 1 + 1e-6
+
+
+# -- any wrapper's prefix ---------------------------------------------------------------------------------------------------
+
+
+class GradSampleModule(nn.Module):
+    """As in Opacus."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
+
+GradSampleModule.__module__ = "opacus.grad_sample.grad_sample_module"
+
+
+def fabric(model: nn.Module) -> nn.Module:
+    return pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1).setup_module(model)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(model)
+
+
+WRAPPERS = {
+    "compile": torch.compile,
+    "data parallel": nn.DataParallel,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "fabric": fabric,
+    "opacus": GradSampleModule,
+    "checkpoint": checkpointed,
+    "compiled fabric": lambda model: fabric(torch.compile(model)),
+    "opacus in parallel": lambda model: nn.DataParallel(GradSampleModule(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("where", ["whole", "in the middle", "one layer"])
+def test_wrappers_are_taken_off_names(wrap, where: str) -> None:
+    model = Net()
+    if where == "whole":
+        model = wrap(model)
+    elif where == "in the middle":
+        model.blocks[0] = wrap(model.blocks[0])
+    else:
+        model.head = wrap(model.head)
+    assert names(model) == ALL
+    assert names(model, layers="blocks.0.conv1", exclude="head") == ["blocks.0.conv1"]
+    assert select(model, exclude="head").skipped["head"] == "excluded"
+
+
+def test_a_module_of_the_users_own_keeps_its_name() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(2, 2))
+
+    assert names(Mine()) == ["module.0"]
+    assert names(nn.ModuleDict({"module": nn.Linear(2, 2)})) == ["module"]

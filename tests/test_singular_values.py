@@ -95,3 +95,17 @@ def test_derivatives(name: str) -> None:
         return (sh.singular_values(op.with_weight(weight)).square() * weights).sum()
 
     assert torch.autograd.gradcheck(function, op.weight.requires_grad_())
+
+
+@pytest.mark.parametrize(("dtype", "powers"), [(torch.float32, (-110, -70, 65, 120)), (torch.float64, (-950, -500, 500, 1000))])
+@pytest.mark.parametrize("size", [6, 30])
+def test_matrix_free_values_at_every_scale(size: int, dtype: torch.dtype, powers: tuple[int, ...]) -> None:
+    """`σ(t A) = t σ(A)` to rounding, although squares leave the range of the dtype."""
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    plain = sh.ConvOperator(weight, padding=1, input_size=size)
+    for power in powers:
+        scaled = plain.with_weight(torch.ldexp(weight.double(), torch.tensor(power)).to(dtype))
+        for measure in (sh.spectral_norm, lambda op: sh.singular_values(op, 3)):
+            found = measure(scaled).double() * 2.0**-power
+            expected = measure(plain).double()
+            assert torch.allclose(found, expected, rtol=20 * torch.finfo(dtype).eps, atol=0)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import spectral_hooks as sh
 from spectral_hooks import krylov
+from spectral_hooks.group_norms import grid_norms, lattice_norms
 from spectral_hooks.krylov import largest
 from spectral_hooks.lattice import grid_norm, lattice_norm, surely_below
-from spectral_hooks.operators.symbols import Gram
+from spectral_hooks.operators.symbols import Gram, trim
 
 # -- the lattice norm -----------------------------------------------------------------------------------------------------
 
@@ -648,3 +649,167 @@ def test_the_norm_of_a_clipped_matrix_and_its_gradient(
     values = torch.linalg.svdvals(matrix.grad)
     torch.testing.assert_close(values[:2], torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=1e-9, atol=1e-9)
     assert float((matrix.grad.conj() * matrix.detach()).sum().real) == pytest.approx(1, abs=1e-10)
+
+
+# -- what the search may leave out ------------------------------------------------------------------------------------------
+
+
+def rotations(angle: float, pairs: int, dims: int, noise: float = 0.0) -> Tensor:
+    """`I + R exp(-i Σ θ)` with rotations `R`: norms `2 |cos((Σ θ ± angle) / 2)|`, two for every pair of channels."""
+    c, s = torch.cos(torch.tensor(angle)).item(), torch.sin(torch.tensor(angle)).item()
+    kernel = torch.zeros(2 * pairs, 2 * pairs, *[2] * dims, dtype=torch.float64)
+    kernel[(..., *[0] * dims)] = torch.eye(2 * pairs, dtype=torch.float64)
+    rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    kernel[(..., *[1] * dims)] = torch.block_diag(*[rotation] * pairs)
+    return kernel + noise * random(*kernel.shape)
+
+
+def band_pass(channels: int, taps: int, dims: int, seed: int) -> Tensor:
+    """Channels with peaks of nearly one height at frequencies of their own, mixed."""
+    generator = torch.Generator().manual_seed(seed)
+    kernel = torch.zeros(channels, channels, *[taps] * dims, dtype=torch.float64)
+    times = torch.arange(taps, dtype=torch.float64)
+    for i in range(channels):
+        wave = torch.ones(1, dtype=torch.float64)
+        for frequency, phase in (6.3 * torch.rand(dims, 2, generator=generator, dtype=torch.float64)).tolist():
+            wave = (wave.unsqueeze(-1) * torch.cos(frequency * times + phase)).reshape(-1)
+        wave = wave.reshape([taps] * dims)
+        peak = torch.fft.fftn(wave, s=[256] * dims).abs().max()
+        kernel[i, i] = wave / peak * (1 + 1e-4 * i / channels)
+    mixing = torch.linalg.qr(random(channels, channels, seed=seed)).Q
+    return torch.einsum("ij,j...->i...", mixing, kernel.flatten(1)).reshape(kernel.shape)
+
+
+PEAKED = {
+    **{f"rotations-{pairs}-{angle}": rotations(angle, pairs, 1) for pairs in (4, 13, 20) for angle in (0.13, 0.45, 2.0)},
+    "rotations-2d": rotations(0.45, 13, 2),
+    "rotations-disturbed": rotations(0.45, 13, 1, 1e-5),
+    **{f"band-pass-{channels}-1d": band_pass(channels, 5, 1, channels) for channels in (8, 26, 40)},
+    "band-pass-2d": band_pass(28, 3, 2, 0),
+}
+
+
+@pytest.mark.parametrize("name", PEAKED)
+def test_the_largest_norm_on_a_grid_is_found_wherever_the_supremum_is(name: str) -> None:
+    """Circular norms are exact, and what bounds them does not fall below: a grid that misses the supremum has another maximum."""
+    kernel = PEAKED[name]
+    dims = kernel.ndim - 2
+    for size in (7, 16, 20, 33, 48, 97, 200) if dims == 1 else (16, 31, 40):
+        symbols = torch.fft.fftn(kernel, s=(size,) * dims, dim=tuple(range(2, kernel.ndim))).flatten(2).movedim(-1, 0)
+        true = float(torch.linalg.matrix_norm(symbols, 2).max())
+        found = grid_norm(kernel[None], (size,) * dims)
+        assert true * (1 - 1e-9) <= found.value <= true * (1 + 1e-12), size
+        assert true * (1 - 1e-13) <= found.upper <= true * (1 + 1e-8), size
+        op = sh.ConvOperator(kernel).circular(size)
+        assert float(sh.spectral_norm(op)) >= true * (1 - 1e-9)
+        assert float(sh.spectral_norm(sh.ConvOperator(kernel.float()).circular(size))) >= true * (1 - 2e-6)
+        bound = float(sh.bounds.cosine_grid(op))
+        assert bound >= true
+    clipped = sh.projections.clip(sh.ConvOperator(kernel).circular(20), 1.0)
+    symbols = torch.fft.fftn(clipped, s=(20,) * dims, dim=tuple(range(2, kernel.ndim))).flatten(2).movedim(-1, 0)
+    assert float(torch.linalg.matrix_norm(symbols, 2).max()) <= 1 + 1e-9
+
+
+def test_fine_grids_take_fewer_tests_than_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of the torus judge many frequencies at once."""
+    factors = 0
+    factorize = sh.hermitian._factorize
+
+    def counted(rows, level, rounding):
+        nonlocal factors
+        factors += rows.number
+        return factorize(rows, level, rounding)
+
+    monkeypatch.setattr(sh.hermitian, "_factorize", counted)
+    grid_norm(smooth(40, 40, 3, 3)[None], (96, 96))
+    assert factors <= 96**2 / 2 / 4
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(4, 4, 3, 3), (40, 40, 3), (8, 20, 2, 2, 2), (3, 1, 5, 5), (4, 3)], ids=str)
+def test_groups_that_are_zero(shape: tuple[int, ...], groups: int) -> None:
+    """All of them, or some: their norm is zero, every bound holds, and there is nothing to divide by."""
+    for nonzero in range(groups + 1):
+        kernel = random(groups, *shape)
+        kernel[nonzero:] = 0
+        sizes = (6,) * (len(shape) - 2)
+        assert lattice_norm(kernel).upper == pytest.approx(max(lattice_norm(part[None]).upper for part in kernel), rel=2e-3)
+        for each in (lattice_norms(kernel, 1e-2), grid_norms(kernel, sizes)):
+            assert bool((each[nonzero:] == 0).all())
+            assert bool((each[:nonzero] > 0).all())
+        for goal in (1e-300, 1e-3, 1e3):
+            for proven in (lattice_norms(kernel, 1e-2, goal) <= goal, surely_below(kernel, goal)):
+                assert bool(proven[nonzero:].all())
+                assert bool(proven[:nonzero].all()) == (goal == 1e3 or nonzero == 0)
+            assert (lattice_norm(kernel, 1e-2, goal).upper <= goal) == (goal == 1e3 or nonzero == 0)
+
+
+def test_projections_of_zero_groups_change_nothing() -> None:
+    for groups, channels in ((1, 4), (2, 4), (4, 4), (2, 64)):
+        weight = torch.zeros(channels, channels // groups, 3, 3)
+        for op in (sh.ConvOperator(weight, groups=groups), sh.ConvOperator(weight, groups=groups).circular(6)):
+            assert torch.equal(sh.projections.clip(op, 1.0), weight)
+            assert torch.equal(sh.projections.rescale(op, 1e-3), weight)
+            assert float(sh.spectral_norm(op)) == 0
+
+
+def test_taps_of_every_group_are_brought_together() -> None:
+    """One entry per group, each elsewhere: a matrix after all; its singular values are the same in any case."""
+    weight = torch.zeros(9, 1, 3, 3, 2, dtype=torch.float64)
+    weight[0, 0, 0, 0, 0] = weight[4, 0, 2, 2, 1] = weight[8, 0, 1, 0, 1] = 1.7
+    kernel, axes = trim(sh.ConvOperator(weight, groups=3).canonical())
+    assert axes == []
+    assert kernel.shape == (3, 3, 1)
+    assert float(sh.spectral_norm(sh.ConvOperator(weight, groups=3))) == pytest.approx(1.7, rel=1e-9)
+    kernel = random(3, 2, 2, 2, 3)
+    shifted = torch.zeros(3, 2, 2, 5, 5, dtype=torch.float64)
+    for group, (row, column) in enumerate(((0, 0), (3, 2), (1, 1))):
+        shifted[group, :, :, row : row + 2, column : column + 3] = kernel[group]
+    assert torch.equal(trim(shifted)[0], kernel)
+    torch.testing.assert_close(lattice_norms(shifted, 1e-3), lattice_norms(kernel, 1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(4, 4, 3, 3), (40, 40, 3, 3), (12, 7, 5), (3, 3, 3, 3, 2)], ids=str)
+def test_flat_spectra_are_proven_by_lags(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orthogonal kernel with the bound as its norm, or a little above, is inside, and stays as it is bit for bit."""
+    kernel = flat(*shape).to(dtype)
+    evaluations = 0
+    combine = Gram._combine
+
+    def counted(self, even, odd, group, theta):
+        nonlocal evaluations
+        evaluations += len(group)
+        return combine(self, even, odd, group, theta)
+
+    monkeypatch.setattr(Gram, "_combine", counted)
+    for bound in (1.0, 1.0005):
+        for groups in (1, 2):
+            op = sh.ConvOperator(torch.cat([kernel] * groups), groups=groups)
+            assert sh.projections.clip(op, bound) is op.weight
+            assert groups > 1 or evaluations == 0
+        evaluations = 0
+    outside = sh.ConvOperator(kernel * 1.00001)
+    assert not torch.equal(sh.projections.clip(outside, 1.0), outside.weight)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3, 3), (10, 6, 3, 3), (30, 30, 3)], ids=str)
+def test_extents_hold_all_eigenvalues(shape: tuple[int, ...]) -> None:
+    """And nearly flat spectra need few cells, since no eigenvalue is small."""
+    for noise in (0.0, 1e-8, 1e-4, 1e-2, 0.1, 1.0):
+        kernel = torch.stack([flat(*shape), random(*shape, seed=3)]) + noise * random(2, *shape, seed=2)
+        kernel = kernel / kernel.abs().flatten(1).amax(1).reshape(-1, *[1] * len(shape))
+        low, high = Gram(kernel).extent()
+        sizes = (48,) * (len(shape) - 2)
+        symbols = torch.fft.fftn(kernel, s=sizes, dim=tuple(range(3, kernel.ndim))).flatten(3).movedim(-1, 0)
+        values = torch.linalg.svdvals(symbols).square()
+        assert bool((low <= values[..., -1].amin(0)).all())
+        assert bool((high >= values[..., 0].amax(0)).all())
+        if noise < 0.01:
+            assert float(high[0]) <= float(values[:, 0, 0].max()) * (1 + 200 * noise + 1e-10)
+        norm = float(values[:, 0, 0].max().sqrt())
+        goal = norm * (1 + 1e-4)
+        if noise <= 1e-4:
+            assert lattice_norm(kernel[:1], 1e-3, goal).upper == goal
+        found = lattice_norm(kernel[:1], 1e-6)
+        assert norm * (1 - 1e-12) <= found.upper <= found.value * (1 + 1e-6) * (1 + 1e-9)

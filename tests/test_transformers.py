@@ -217,7 +217,7 @@ def test_a_best_checkpoint_loaded_at_the_end_is_inside(tmp_path) -> None:
     model = gpt2()
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     trainer, _ = train(model, tmp_path, SpectralClip(1.0, every=4), greater_is_better=True, **best)
-    assert trainer.state.best_global_step < 4
+    assert trainer.state.best_model_checkpoint != str(tmp_path / "checkpoint-4")
     assert largest_norm(GPT2LMHeadModel.from_pretrained(trainer.state.best_model_checkpoint)) > 1 + TOLERANCE
     assert largest_norm(model) <= 1 + TOLERANCE
 
@@ -296,9 +296,20 @@ def test_metrics_reach_the_reporters_the_log_history_and_the_history(tmp_path) -
 
 
 def test_the_logged_norm_is_that_before_the_projection(tmp_path) -> None:
-    raw, clip = Watch(), SpectralClip(1.0, log=True)
+    class Raw(Watch):
+        """Measures right after the step, before what was listed later."""
+
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            measure = lambda *_: self.norms.append(largest_norm(kwargs["model"]))  # noqa: E731
+            kwargs["optimizer"].optimizer.register_step_post_hook(measure)
+
+        def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+            pass
+
+    raw, clip = Raw(), SpectralClip(1.0, log=True)
     trainer_of(gpt2(), tmp_path, raw, clip, save_strategy="no").train()
     assert [row["spectral_clip/norm_before"] for row in clip.history] == pytest.approx(raw.norms, rel=0.02)
+    assert max(raw.norms) > 1.01
 
 
 def test_without_log_nothing_is_logged(tmp_path) -> None:
@@ -358,6 +369,7 @@ def test_cross_attention_has_keys_and_values_only() -> None:
         assert norm(block.crossattention.c_attn.weight) > 1.1
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ModernBertConfig"), reason="transformers has ModernBERT from 4.48 on")
 def test_a_fused_linear_layer() -> None:
     """ModernBERT's `Wqkv` is an `nn.Linear`: its outputs are rows."""
     config = transformers.ModernBertConfig(
@@ -589,6 +601,9 @@ def test_any_hook_gets_the_three_events(tmp_path) -> None:
 
         def load_state_dict(self, state) -> None:
             self.events.append(f"state {state['step']}")
+
+        def attach(self, model, optimizer) -> sh.hooks.Handle:
+            return sh.hooks.attach(self, model, optimizer)
 
         def start(self, model) -> None:
             self.model = model

@@ -1,19 +1,30 @@
-"""When a hook acts: projecting now, and right after every real optimizer step."""
+"""When a hook acts: projecting now, and right after the last write of every real optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import TracebackType
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial, wraps
+from types import MethodType, TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .averages import Average, average_of, interpolation
+
+#: Wrappers that only pass a step on: nothing is written once the optimizer inside has stepped.
+_DELEGATES = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+#: What trains on flattened copies of its own of the weights, by the name of its class.
+_OWN_COPIES = {"DeepSpeedEngine", "FullyShardedDataParallel", "XlaFullyShardedDataParallel"}
+#: State that is certainly no copy of the weight. Others are compared with it.
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta"}
+
 
 class Hook(Protocol):
-    """The three events that a hook answers to. A framework's adapter, or `attach`, turns its own events into these."""
+    """The events that a hook answers to. A framework's adapter, or `attach`, turns its own events into these."""
 
     def start(self, model: nn.Module) -> None:
         """Training begins or resumes: the weights are loaded, no step has been taken."""
@@ -21,8 +32,15 @@ class Hook(Protocol):
     def before_step(self) -> None:
         """Gradients are complete; the optimizer is about to step."""
 
-    def after_step(self) -> None:
-        """The optimizer has stepped: once per update, not per micro-batch, and not for a step that was skipped."""
+    def after_step(self, stepped: Collection[Tensor] | None = None) -> None:
+        """The optimizer has stepped: once per update, not per micro-batch, and not for a step that was skipped.
+
+        `stepped` is None, or the only parameters that may be written: those that optimizers have stepped during a backward pass,
+        whose graph may still need the others.
+        """
+
+    def rewritten(self) -> None:
+        """After a step that was counted the weights were replaced: by those of an average, by slow weights, or back."""
 
 
 class Handle:
@@ -31,36 +49,77 @@ class Handle:
     def __init__(self, hook: Hook, model: nn.Module) -> None:
         self.hook = hook
         self.model = model
-        self._installed: dict[int, tuple[Optimizer, list[RemovableHandle]]] = {}
+        self._installed: dict[int, _Installed] = {}
+        # optimizers that stepped in a backward pass which has not ended, and the number of that pass
+        self._stepped: list[Tensor] = []
+        self._backward = -1
+        # how often parameters had been written when the hook had started, until a step is seen
+        self._versions: list[int] | None = None
 
     @property
     def attached(self) -> bool:
         """Whether any optimizer still calls the hook."""
         return bool(self._installed)
 
-    def install(self, optimizer: Optimizer) -> None:
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimizers step."""
+        return [p for each in self._installed.values() for p in each.parameters]
+
+    @property
+    def averages(self) -> list[Average]:
+        """Of parameters that train apart from their average, what the optimizers keep of them."""
+        return [average for each in self._installed.values() for average in each.averages()]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether parameters that train apart from their average stand at it now."""
+        return any(not each.trains(level, group) for each in self._installed.values() for level, group in each.averaged_groups())
+
+    def copies(self, parameter: Tensor) -> list[Tensor]:
+        """What the optimizers keep that equals this parameter bit for bit: slow weights, for example."""
+        return [copy for each in self._installed.values() for copy in each.copies(parameter)]
+
+    def install(self, optimizer: Any) -> None:
         """Have this optimizer call the hook; once, however often it is asked for."""
-        if id(optimizer) in self._installed:
-            return
+        if id(optimizer) not in self._installed:
+            self._installed[id(optimizer)] = _Installed(self, optimizer)
 
-        # a compiled optimizer step must not trace into the projection
-        @torch.compiler.disable
-        def before(*_: Any) -> None:
-            self.hook.before_step()
-
-        @torch.compiler.disable
-        def after(*_: Any) -> None:
-            self.hook.after_step()
-
-        handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        self._installed[id(optimizer)] = (optimizer, handles)
+    def started(self) -> None:
+        """From now on a weight that changes without a step is worth a warning."""
+        self._versions = [p._version for p in self.model.parameters()]
 
     def remove(self) -> None:
         """Stop acting. The weights stay as they are."""
-        for _, handles in self._installed.values():
-            for handle in handles:
-                handle.remove()
+        if self.attached and self._versions not in (None, [p._version for p in self.model.parameters()]):
+            names = ", ".join(dict.fromkeys(type(each.levels[0]).__name__ for each in self._installed.values()))
+            warnings.warn(
+                f"the weights have changed, but no step of the optimizer ({names}) was seen, so they were not projected: attach "
+                "the object whose `step` the loop calls; a copy of an optimizer does not call hooks.",
+                stacklevel=2,
+            )
+        self._versions = None
+        for each in self._installed.values():
+            each.remove()
         self._installed.clear()
+        self._stepped, self._backward = [], -1
+
+    def stepped(self, parameters: list[Tensor]) -> None:
+        """An optimizer has stepped these; if within a backward pass, wait for its end: the graph may need the other weights."""
+        self._versions = None
+        now = torch._C._current_graph_task_id()
+        if now == -1:
+            self.hook.after_step()
+            return
+        self._stepped += parameters
+        if now != self._backward:  # one that an error has ended never called back
+            self._backward = now
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def _end_of_backward(self) -> None:
+        stepped, self._stepped, self._backward = self._stepped, [], -1
+        if stepped and self.attached:
+            self.hook.after_step(stepped)
 
     def __enter__(self) -> Handle:
         return self
@@ -69,37 +128,261 @@ class Handle:
         self.remove()
 
 
+class _Installed:
+    """One optimizer as the user has it, with those inside it.
+
+    Those at the bottom change the weights, and are heard by torch's own hooks. What lies around one may write after it (Lookahead
+    writes slow weights back, ZeRO gathers) or drive it by methods of its own (SAM), and torch's hooks need not work there: `step`
+    is wrapped on the instance. A copy or pickle of an optimizer has neither.
+    """
+
+    def __init__(self, handle: Handle, optimizer: Any) -> None:
+        self.handle = handle
+        self.levels = list(dict.fromkeys(_levels(optimizer)))
+        self.bottom = [level for level in self.levels if not _inside(level)]
+        self.averaging = [level for level in self.levels if _averages(level)]
+        self.evaluating: Any = None  # of one that does not say
+        self.running: list[Any] = []
+        self.waiting = False
+        self._undo: list[Callable[[], None]] = []
+        for level in self.bottom:
+            self._listen(level)
+        for level in self.levels:
+            if level not in self.bottom and type(level).__module__.partition(".")[0] not in _DELEGATES:
+                self._wrap(level, "step", self._around_step)
+        for level in self.averaging:
+            self._wrap(level, "eval", partial(self._around_switch, evaluating=level))
+            if hasattr(level, "train"):
+                self._wrap(level, "train", self._around_switch)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What these optimizers step."""
+        groups = [group for level in self.levels for group in getattr(level, "param_groups", [])]
+        return list({id(p): p for group in groups for p in group["params"]}.values())
+
+    def averaged_groups(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        return ((level, group) for level in self.averaging for group in level.param_groups)
+
+    def trains(self, level: Any, group: dict[str, Any]) -> bool:
+        """Whether the parameters of a group stand where they are trained, not at their average."""
+        return bool(group.get("train_mode", getattr(level, "train_mode", level is not self.evaluating)))
+
+    def averages(self) -> Iterator[Average]:
+        for level, group in self.averaged_groups():
+            if self.trains(level, group):
+                yield from (found for p in group["params"] if (found := average_of(p, level, group)) is not None)
+
+    def copies(self, parameter: Tensor) -> Iterator[Tensor]:
+        def alike(value: Any) -> Iterator[Tensor]:
+            if isinstance(value, (list, tuple)):
+                for each in value:
+                    yield from alike(each)
+            elif isinstance(value, Tensor) and value is not parameter and type(value) in (Tensor, nn.Parameter):
+                same = value.shape == parameter.shape and (value.dtype, value.device) == (parameter.dtype, parameter.device)
+                if same and torch.equal(value, parameter):
+                    yield value
+
+        for level in self.levels:
+            kept = getattr(level, "state", {}).get(parameter, {})
+            yield from alike([value for name, value in kept.items() if name not in _MOMENTS])
+            if level not in self.bottom:  # slow weights in lists of a wrapper's own
+                yield from alike([value for value in vars(level).values() if isinstance(value, list)])
+
+    def remove(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _listen(self, level: Any) -> None:
+        """Hear an optimizer with nothing inside."""
+        if not _has_hooks(level):
+            self._wrap(level, "step", self._around_bottom)
+            return
+
+        # a compiled optimizer step must not trace into the projection
+        @torch.compiler.disable
+        def before(*_: Any) -> None:
+            self.handle.hook.before_step()
+
+        @torch.compiler.disable
+        def after(*_: Any) -> None:
+            self._after(level)
+
+        handles: list[RemovableHandle] = [level.register_step_pre_hook(before), level.register_step_post_hook(after)]
+        self._undo += [handle.remove for handle in handles]
+
+    def _after(self, level: Any) -> None:
+        """An optimizer at the bottom has called back from its step."""
+        if self._overflown():
+            return
+        if any(outer in self.averaging for outer in self.running):
+            self.waiting = True  # the weights of its step stand in their places for a while
+        else:
+            self._act(level)
+
+    def _overflown(self) -> bool:
+        """Whether a gradient scaler has told an optimizer to leave the weights: fused ones are stepped all the same."""
+        found = (getattr(level, "found_inf", None) for level in self.levels)
+        return any(isinstance(inf, Tensor) and bool(inf) for inf in found)
+
+    def _act(self, level: Any) -> None:
+        self.handle.stepped([p for group in getattr(level, "param_groups", []) for p in group["params"]])
+
+    @torch.compiler.disable
+    def _around_bottom(self, level: Any, call: Callable[[], Any]) -> Any:
+        self.handle.hook.before_step()
+        result = call()
+        self._after(level)
+        return result
+
+    def _around_step(self, level: Any, call: Callable[[], Any]) -> Any:
+        self.running.append(level)
+        try:
+            result = call()
+        finally:
+            self.running.pop()
+        self._left(level)
+        return result
+
+    @torch.compiler.disable
+    def _left(self, level: Any) -> None:
+        """A wrapper has stepped what is inside it."""
+        if self.waiting and not any(outer in self.averaging for outer in self.running):
+            self.waiting = False
+            self._act(level)
+        elif not self.running and torch._C._current_graph_task_id() == -1:
+            self.handle.hook.rewritten()
+
+    def _around_switch(self, level: Any, call: Callable[[], Any], evaluating: Any = None) -> Any:
+        result = call()
+        self.evaluating = evaluating
+        if not self.running:
+            self.handle.hook.rewritten()
+        return result
+
+    def _wrap(self, owner: Any, name: str, around: Callable[[Any, Callable[[], Any]], Any]) -> None:
+        """Put a method of our own in the place of one of this instance: bound, for schedulers wrap it again."""
+        before = vars(owner).get(name)
+        plain = getattr(type(owner), name) if before is None else before
+        installed = True
+
+        @wraps(plain)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            call = partial(plain, self, *args, **kwargs) if before is None else partial(before, *args, **kwargs)
+            return around(owner, call) if installed and self is owner else call()
+
+        bound = MethodType(method, owner)
+        setattr(owner, name, bound)
+
+        def undo() -> None:
+            nonlocal installed
+            installed = False  # for whoever holds it
+            if vars(owner).get(name) is bound:
+                setattr(owner, name, before) if before is not None else delattr(owner, name)
+
+        self._undo.append(undo)
+
+
 def attach(hook: Hook, model: nn.Module, optimizer: Any, handle: Handle | None = None) -> Handle:
     """Start the hook on a model and have the optimizers call it.
 
+    The hook acts after every optimizer's own step, and again after the step of what is wrapped around it, which may write slow
+    weights back (Lookahead). Steps that a fused optimizer skips because a gradient scaler found an overflow do not count.
+    Optimizers that step in the backward pass are one update: the hook acts at the end of the pass, on what was stepped.
+
     Args:
-        hook: any object with the three events.
+        hook: any object with the events of `Hook`.
         model: the model whose weights the optimizers step.
-        optimizer: a torch optimizer, or several; wrappers that keep the real one (Accelerate's, Lightning's, timm's Lookahead)
-            are looked through, because their own hooks never fire.
-        handle: of an earlier call for the same model, to add optimizers to; the hook is not started again.
+        optimizer: a torch optimizer, or several; also what is wrapped around one. Give the outermost that the loop uses.
+        handle: a new one, for a hook that needs it at its start, or that of an earlier call for the same model, to add optimizers
+            to; then the hook is not started again.
 
     Raises:
         TypeError: `model` is no module or `optimizer` no optimizer.
+        ValueError: the optimizer steps none of the model's parameters, or copies of them.
+        NotImplementedError: DeepSpeed and the old FSDP, which train on flattened copies; an optimizer that evaluates an average
+            of the weights which cannot be told from what it keeps.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module; got {type(model).__name__}.")
-    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
-    optimizers = [unwrap(each) for each in (optimizer if several else [optimizer])]
-    if handle is None:
-        handle = Handle(hook, model)
-        hook.start(model)
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) and not _steps(optimizer) else [optimizer]
+    for each in optimizers:
+        if not _steps(each) and not _inside(each):
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, or a list of them; got {type(each).__name__}.")
+        for level in _levels(each):
+            _check_averages(level)
+    if found := _OWN_COPIES & {cls.__name__ for part in (*optimizers, *model.modules()) for cls in type(part).__mro__}:
+        raise NotImplementedError(
+            f"{found.pop()} trains on flattened copies of the weights, so what is written into a layer is lost: "
+            "use DistributedDataParallel or fully_shard (FSDP2)."
+        )
+    _check_parameters(model, optimizers, handle)
+    starts = handle is None or not handle.attached
+    handle = handle or Handle(hook, model)
     for each in optimizers:
         handle.install(each)
+    if starts:
+        try:
+            hook.start(model)
+        except BaseException:
+            handle.remove()
+            raise
+        handle.started()
     return handle
 
 
-def unwrap(optimizer: Any) -> Optimizer:
-    """The optimizer whose `step` changes the weights."""
-    inner = optimizer
-    for name in ("_base_optimizer", "_optimizer", "optimizer"):
-        if name in getattr(inner, "__dict__", {}) and isinstance(getattr(inner, name), Optimizer):
-            inner = getattr(inner, name)
-    if not isinstance(inner, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, or a list of them; got {type(optimizer).__name__}.")
-    return inner
+def _steps(value: Any) -> bool:
+    """Whether something is an optimizer, or behaves like one."""
+    return isinstance(value, Optimizer) or (callable(getattr(value, "step", None)) and hasattr(value, "param_groups"))
+
+
+def _inside(optimizer: Any) -> list[Any]:
+    """The optimizers that one keeps, to step them itself."""
+    kept = [v for value in getattr(optimizer, "__dict__", {}).values() for v in (value if isinstance(value, list) else [value])]
+    return [value for value in kept if value is not optimizer and not isinstance(value, (Tensor, nn.Module)) and _steps(value)]
+
+
+def _levels(optimizer: Any, around: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """An optimizer and all inside it, from without."""
+    yield optimizer
+    for each in _inside(optimizer):
+        if not any(each is outer for outer in around):
+            yield from _levels(each, (*around, optimizer))
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether torch calls hooks after its step; not where `Optimizer.__init__` has never run."""
+    return "_optimizer_step_post_hooks" in vars(optimizer) and hasattr(type(optimizer).step, "hooked")
+
+
+def _averages(optimizer: Any) -> bool:
+    """Whether an optimizer evaluates other weights than it trains."""
+    return callable(getattr(optimizer, "eval", None)) and type(optimizer).__module__.partition(".")[0] not in _DELEGATES
+
+
+def _check_averages(optimizer: Any) -> None:
+    if _averages(optimizer) and any(interpolation(optimizer, group) is None for group in getattr(optimizer, "param_groups", [])):
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} has `eval()`: it evaluates other weights than it trains. How they are made is read from "
+            "`momentum`, `beta` or `betas` and the state `z`, as the package schedulefree has them; this optimizer has none, so "
+            "the weights that it evaluates would leave the ball. Use one of that package, or one without `eval()`."
+        )
+
+
+def _check_parameters(model: nn.Module, optimizers: list[Any], handle: Handle | None) -> None:
+    """That the optimizers step the model itself, not float32 copies that they write back over it."""
+    levels = [level for each in optimizers for level in _levels(each)]
+    bottom = [level for level in levels if not _inside(level)]
+    held = {id(p): p for level in bottom for group in getattr(level, "param_groups", []) for p in group["params"]}
+    own = {id(p) for p in model.parameters()}
+    names = ", ".join(dict.fromkeys(type(each).__name__ for each in optimizers))
+    elsewhere = {id(p) for p in handle.parameters} if handle is not None else set()
+    masters = {tuple(p.shape) for key, p in held.items() if key not in own and p.dtype == torch.float32}
+    for name, p in model.named_parameters():
+        half = p.dtype in (torch.float16, torch.bfloat16) and p.requires_grad
+        if half and id(p) not in held and id(p) not in elsewhere and tuple(p.shape) in masters and p.ndim > 1:
+            raise ValueError(
+                f"`optimizer` ({names}) steps a float32 copy in the place of {name}, which is {p.dtype}, and writes over what is "
+                "projected: keep the model in float32 and train with autocast, or step the half-precision weights themselves."
+            )

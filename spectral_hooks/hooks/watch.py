@@ -9,7 +9,8 @@ the weights move.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import inf, prod, sqrt
+from functools import cache, cached_property
+from math import floor, inf, log2, prod, sqrt
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ from ..covering import certificates
 from ..hermitian import below_
 from ..intersection import clip_kernel
 from ..lattice import normalized
-from ..operators.base import LinearOperator, float32_is_kept, full_precision
+from ..operators.base import KernelOperator, float32_is_kept, full_precision
 
-#: What the rounding of a difference and of its norm in single precision leaves of the room.
-_ROUNDING = 1 - 1e-5
+#: Entries whose squares are summed in the precision of the kernel; longer sums are in float64.
+_BLOCK = 256
+#: Bounds and moves beyond these powers of two are not handled in single precision.
+_SINGLE_RANGE = 64
 #: Up to this ratio of norm to bound what is taken away is small: one proximal step, with half the digits, will do.
 _NEAR = 1.2
 #: What the unfolding is asked to prove, relative to the cheapest bound: true of most steps of training.
@@ -36,30 +39,64 @@ _BATCH_BYTES = 1 << 26
 _ATTEMPTS = 2
 
 
+#: What makes a map of a weight, by name: stride, padding, groups and the like.
+Geometry = tuple[tuple[str, object], ...]
+
+
 class Known(NamedTuple):
-    """A weight, a number that its operator's norm was proven not to exceed, and for how many projections that has sufficed."""
+    """A weight, a number that its operator's norm was proven not to exceed, and for how many projections that has sufficed.
+
+    The norm is that of the map which the weight made with this geometry; without one it is of no use.
+    """
 
     weight: Tensor
     norm: float
     age: int = 0
+    geometry: Geometry | None = None
+
+
+def know(op: KernelOperator, norm: float, weight: Tensor | None = None) -> Known:
+    """That the norm of this operator, or of this weight in its place, was proven not to exceed a number."""
+    weight = op.weight if weight is None else weight
+    return Known(weight.detach().clone(), norm, geometry=geometry(op))
+
+
+def geometry(op: KernelOperator) -> Geometry | None:
+    """All that an operator is besides its weight; None if that is more than plain values, which are compared at once."""
+    derived = _derived(type(op))
+    settings = [(name, value) for name, value in vars(op).items() if name != "weight" and name not in derived]
+    return (("kind", type(op).__name__), *settings) if all(_is_plain(value) for _, value in settings) else None
+
+
+@cache
+def _derived(kind: type) -> frozenset[str]:
+    """What operators of a class keep once it was computed."""
+    return frozenset(name for cls in kind.__mro__ for name, value in vars(cls).items() if isinstance(value, cached_property))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 @full_precision
-def still_inside(ops: Sequence[LinearOperator], known: Sequence[Known | None], max_norm: float) -> list[Known | None]:
+def still_inside(ops: Sequence[KernelOperator], known: Sequence[Known | None], max_norm: float) -> list[Known | None]:
     """For operators that what is known proves to be inside still, what is known of them now, else None.
 
     By bounds of `‖A(D)‖`, the cheapest first. Layers of equal canonical shape are judged together.
     """
     results: list[Known | None] = [None] * len(ops)
     shares: dict[int, float] = {}
+    unit = _unit(max_norm)
 
     def doubtful() -> Iterator[tuple[int, Tensor]]:
         """The others' `D`, over what is to be proven of its norm."""
         for i, (op, last) in enumerate(zip(ops, known, strict=True)):
             if last is None or not last.norm <= max_norm:
                 continue
-            kernel, far = _moved(op, last)
-            room = (max_norm - last.norm) / op.lattice_factor * _ROUNDING
+            kernel, far = _moved(op, last, unit)
+            room = (max_norm - last.norm) / unit / op.lattice_factor
             if far <= room:  # also if neither is there; NaN compares as not inside
                 results[i] = last._replace(age=last.age + 1)
             elif room > 0 and far < inf:
@@ -72,8 +109,8 @@ def still_inside(ops: Sequence[LinearOperator], known: Sequence[Known | None], m
             last = known[i]
             if yes and last is not None:
                 # from here on, so that the next steps need the cheapest bound only
-                moved = shares[i] * ops[i].lattice_factor / _ROUNDING
-                results[i] = Known(ops[i].weight.detach().clone(), min(last.norm + moved, max_norm))
+                moved = shares[i] * unit * ops[i].lattice_factor
+                results[i] = know(ops[i], min(last.norm + moved, max_norm))
     return results
 
 
@@ -92,26 +129,56 @@ def _alike(kernels: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[list[int], T
         yield indices, torch.cat(members)
 
 
-def _moved(op: LinearOperator, last: Known) -> tuple[Tensor, float]:
-    """The canonical kernel of `D` and a bound of its lattice norm, infinite if the weight is of another kind."""
-    if last.weight.shape != op.weight.shape or last.weight.dtype != op.weight.dtype:
+def _unit(max_norm: float) -> float:
+    """The power of two just below the bound: moves are measured in it, so that their squares neither vanish nor overflow."""
+    return 2.0 ** floor(log2(max_norm))
+
+
+def _moved(op: KernelOperator, last: Known, unit: float) -> tuple[Tensor, float]:
+    """The canonical kernel of `D` and a bound of its lattice norm, both in this unit; infinite if the map is of another kind.
+
+    `‖F(θ)‖ ≤ √taps ‖D‖_F`: rank one at every tap, all in phase.
+    """
+    same = last.weight.shape == op.weight.shape and last.weight.dtype == op.weight.dtype
+    if not same or last.geometry is None or last.geometry != geometry(op):
         return op.weight, inf
     # half precision would round the difference itself
     dtype = torch.promote_types(op.weight.dtype, torch.float32)
-    kernel = op.with_weight(op.weight.detach().to(dtype) - last.weight.to(op.weight.device, dtype)).canonical()
-    # rank one at every tap, all in phase
-    return kernel, float(torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax()) * sqrt(prod(kernel.shape[3:]))
+    if abs(log2(unit)) > _SINGLE_RANGE and op.weight.device.type != "mps":
+        dtype = torch.float64
+    difference = op.weight.detach().to(dtype) - last.weight.to(op.weight.device, dtype)
+    kernel = op.with_weight(difference.div_(unit)).canonical()
+    taps = prod(kernel.shape[3:])
+    return kernel, sqrt(float(squared_lengths(kernel).amax()) * taps) * (1 + 4 * torch.finfo(dtype).eps)
+
+
+def squared_lengths(kernels: Tensor) -> Tensor:
+    """Bounds from above of the `‖·‖_F²` of the groups, in float64: those of the stored entries, whatever the number of them.
+
+    A sum of `n` squares in any order is off by at most `(n + 1) u`, relative, with `u` half an eps (Higham 2002, §4.2); torch's
+    sum of a long axis uses that up, so only blocks are summed like that. Entries smaller than the root of the smallest normal
+    number may count for nothing: that is `1e-19` of the unit for each, far below what counts as equal.
+    """
+    flat = kernels.flatten(1)
+    whole = flat.shape[1] // _BLOCK * _BLOCK
+    parts = [flat[:, :whole].unflatten(1, (-1, _BLOCK))] if whole else []
+    parts += [flat[:, None, whole:]] if whole < flat.shape[1] else []
+    lengths = torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts], dim=1)
+    precise = (lengths.cpu() if lengths.device.type == "mps" else lengths).double()  # Apple's GPUs have no float64
+    return precise.square().sum(1) * (1 + (_BLOCK + 8) * torch.finfo(kernels.dtype).eps)
 
 
 def _unfolding_within_one(kernels: Tensor) -> Tensor:
     """For which groups of a canonical kernel the unfolding proves the norm to be at most one.
 
-    The symbol is the unfolding `rows × (columns · taps)` times a matrix of norm `√taps` (Singla & Feizi 2021).
+    The symbol is the unfolding `rows × (columns · taps)` times a matrix of norm `√taps` (Singla & Feizi 2021). The kernels may
+    be off by some roundings of their entries.
     """
     unfolding = (kernels if kernels.shape[1] <= kernels.shape[2] else kernels.transpose(1, 2)).flatten(2)
     unfolding = (unfolding if float32_is_kept() else unfolding.double()) * sqrt(prod(kernels.shape[3:]))
-    squares = unfolding.square().sum((1, 2))
-    rounding = (unfolding.shape[2] + 8) * torch.finfo(unfolding.dtype).eps
+    squares = squared_lengths(unfolding).to(unfolding.device, torch.promote_types(unfolding.dtype, torch.float32))
+    # of the products, with `n u` for each sum of `n`, and of the entries that they are made of
+    rounding = unfolding.shape[2] * torch.finfo(unfolding.dtype).eps + 8 * torch.finfo(kernels.dtype).eps
     proven = rounding * squares < 0.2
     if proven.any():
         error = rounding * float(squares[proven].amax())
@@ -126,14 +193,14 @@ class _Moving(NamedTuple):
     A matrix is clipped to the bound itself, at depth 0.
     """
 
-    op: LinearOperator
+    op: KernelOperator
     pace: float
     depth: float
 
 
 @full_precision
 def keep_inside(
-    ops: Sequence[LinearOperator], known: Sequence[Known | None], max_norm: float, *, rounds: int, slack: float
+    ops: Sequence[KernelOperator], known: Sequence[Known | None], max_norm: float, *, rounds: int, slack: float
 ) -> list[tuple[Tensor, Known]]:
     """Of each operator its own weight if it is proven inside, else its clip; and what is known of it now.
 
@@ -153,7 +220,7 @@ def keep_inside(
     for i, (estimate, proven) in _certified(moving, max_norm).items():
         op, _, depth = moving[i]
         if proven <= 1:
-            results[i] = op.weight, Known(op.weight.detach().clone(), proven * max_norm)
+            results[i] = op.weight, know(op, proven * max_norm)
         elif depth:
             outside[i] = _clip(moving[i], estimate, max_norm, rounds)
         else:
@@ -162,31 +229,32 @@ def keep_inside(
         for i, (estimate, proven) in _certified(outside, max_norm).items():
             op, _, depth = outside[i]
             if proven <= 1:
-                results[i] = op.weight, Known(op.weight.clone(), proven * max_norm)
+                results[i] = op.weight, know(op, proven * max_norm)
                 del outside[i]
             elif estimate * (1 - depth / 4) > 1 - depth:  # not deeper than meant, and cheaper than to find out by how much
                 outside[i] = outside[i]._replace(op=op.with_weight(op.weight * (1 - depth / 4)))
     for i, (op, _, depth) in outside.items():
         weight, norm = projections.settle(op, op.weight, max_norm, depth / 4)
-        results[i] = weight, Known(weight.clone(), norm)
+        results[i] = weight, know(op, norm, weight)
     return [results[i] for i in range(len(ops))]
 
 
-def _moving(op: LinearOperator, last: Known, max_norm: float, slack: float) -> _Moving | None:
+def _moving(op: KernelOperator, last: Known, max_norm: float, slack: float) -> _Moving | None:
     """None for what is neither certified on the lattice nor clipped deeper than the bound."""
-    kernel, far = _moved(op, last)
+    unit = _unit(max_norm)
+    kernel, far = _moved(op, last, unit)
     is_matrix = prod(kernel.shape[3:]) == 1
     if not far < inf or (op.is_finite and not is_matrix):
         return None
-    pace = far * op.lattice_factor / max_norm / (last.age + 1)
+    pace = far * op.lattice_factor * (unit / max_norm) / (last.age + 1)
     # for a room `x` the certificates of a convolution cost some `pace / x²` a step, and more for wide ones; a matrix's little
     wish = sqrt(pace * max(min(kernel.shape[1:3]) / _WIDE, 1))
     return _Moving(op, pace, 0.0 if is_matrix else min(max(wish, _LEAST_DEPTH), slack))
 
 
-def _to_the_bound(op: LinearOperator, max_norm: float, rounds: int) -> tuple[Tensor, Known]:
+def _to_the_bound(op: KernelOperator, max_norm: float, rounds: int) -> tuple[Tensor, Known]:
     weight = projections.clip(op, max_norm, rounds=rounds)
-    return weight, Known(weight.detach().clone(), max_norm)
+    return weight, know(op, max_norm, weight)
 
 
 def _certified(moving: dict[int, _Moving], max_norm: float) -> dict[int, tuple[float, float]]:
@@ -195,7 +263,7 @@ def _certified(moving: dict[int, _Moving], max_norm: float) -> dict[int, tuple[f
     def kernels() -> Iterator[tuple[int, Tensor]]:
         for i, item in moving.items():
             kernel = item.op.canonical().detach()
-            precise = kernel if kernel.device.type == "mps" else kernel.double()  # Apple's GPUs have no float64
+            precise = (kernel.cpu() if kernel.device.type == "mps" else kernel).double()  # Apple's GPUs have no float64
             yield i, precise * (item.op.lattice_factor / max_norm)
 
     found: dict[int, tuple[float, float]] = {}
@@ -216,4 +284,6 @@ def _clip(item: _Moving, estimate: float, max_norm: float, rounds: int) -> _Movi
     single = near and float32_is_kept()
     clipped, _ = clip_kernel(op, kernel.float() if single else kernel, level, 1 if near else rounds, stretch=not near)
     weight = op.from_canonical(clipped.to(kernel)) * scale
-    return item._replace(op=op.with_weight(weight.to(op.weight)))
+    # an entry can grow beyond the largest number of the stored dtype; what that takes is seen by the proof that follows
+    largest = torch.finfo(op.weight.dtype).max
+    return item._replace(op=op.with_weight(weight.clamp(-largest, largest).to(op.weight)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -82,6 +83,8 @@ class KernelOperator(LinearOperator):
     weight: Tensor
     #: Whether the canonical kernel is that of the adjoint.
     transposed: bool = False
+    #: Where `weight` is computed from a layer's parameters: makes the layer hold another one.
+    assign: Callable[[Tensor], None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,6 +136,11 @@ class KernelOperator(LinearOperator):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def autocast_is_available(device: str) -> bool:
+    """Whether a type of device has autocast: not "meta", for example. Older versions of torch cannot trace the question."""
+    return device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
+
+
 def full_precision(function: F) -> F:
     """Run a function of an operator, or of several, without autocast, which would take float32 products in half precision."""
 
@@ -147,7 +155,7 @@ def full_precision(function: F) -> F:
             with torch.autocast(left[0], enabled=False):
                 return run(left[1:])
 
-        return run([device for device in devices if torch.amp.autocast_mode.is_autocast_available(device)])
+        return run([device for device in devices if autocast_is_available(device)])
 
     return cast(F, wrapped)
 
@@ -166,9 +174,33 @@ def check_ends_with(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"`{name}` must have shape (*batch, {', '.join(map(str, shape))}); got {tuple(x.shape)}.")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a real number, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether this is an integer, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_weight(weight: Tensor) -> None:
-    """Refuse what is no real floating-point tensor."""
+    """Refuse what is no dense, real floating-point tensor of values that stand for themselves."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"`weight` must be a torch tensor; got {type(weight).__name__}.")
+    if weight.is_quantized:
+        raise TypeError(
+            f"`weight` must be a real floating-point tensor; got the quantized {weight.dtype}: use weight.dequantize()."
+        )
     if not weight.is_floating_point():
         raise TypeError(f"`weight` must be a real floating-point tensor; got {weight.dtype}.")
+    if weight.layout != torch.strided:
+        raise NotImplementedError(
+            f"`weight` must be dense; got the layout {weight.layout}. Use weight.to_dense(), or keep a dense weight and lay "
+            "torch.nn.utils.prune over it."
+        )
+    if weight.dtype.itemsize == 1:
+        # in use they come with a scale that is kept elsewhere, so they are not the map that is computed
+        raise NotImplementedError(
+            f"`weight` of {weight.dtype} is not supported: use weight.float(), times its scale if it has one."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import prod
 from typing import Any
 
@@ -31,7 +31,7 @@ class ComposedOperator(LinearOperator):
     """
 
     def __init__(self, factors: Sequence[LinearOperator]) -> None:
-        self.factors = tuple(inner for op in factors for inner in (op.factors if isinstance(op, ComposedOperator) else (op,)))
+        self.factors: tuple[LinearOperator, ...] = tuple(chain.from_iterable(map(_factors, factors)))
         if not self.factors:
             raise ValueError("`factors` must hold at least one operator.")
         for outer, inner in pairwise(self.factors):
@@ -160,9 +160,9 @@ def compose(*layers: Any, input_size: InputSize = None) -> LinearOperator:
     convolutions of which the outer one does not pad), else the factors act one after the other, with the crop between, as in the
     network. Nonlinearities are not seen: what lies between is for the caller to account for, by its Lipschitz constant.
 
-    `spectral_norm` of one kernel or matrix is as exact as for a layer. Of finite factors that stay apart it is matrix-free, to 1e-5
-    from below. Of factors that stay apart and have no input size it is the product of their norms: an upper bound, certified, at
-    every input size.
+    `spectral_norm` of one kernel or matrix is as exact as for a layer. Of finite factors that stay apart it is matrix-free, to
+    1e-5 from below. Of factors that stay apart and have no input size it is the product of their norms: an upper bound,
+    certified, at every input size.
 
     Args:
         layers: layers or operators, the outermost first. A batch normalization counts as in evaluation, `γ / √(running_var + ε)`
@@ -181,8 +181,7 @@ def compose(*layers: Any, input_size: InputSize = None) -> LinearOperator:
     Example:
         >>> import torch, spectral_hooks as sh
         >>> conv, norm = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8)
-        >>> norm.weight.data.fill_(0.5)[0] = 10.0
-        tensor(10.)
+        >>> norm.weight.data[0] = 10.0
         >>> both = sh.compose(norm, conv)
         >>> bool(sh.spectral_norm(both) < 10 * sh.spectral_norm(sh.as_operator(conv)))
         True
@@ -293,7 +292,8 @@ def _spread(kernel: Tensor, spacing: Sequence[int]) -> Tensor:
     """The kernel with its taps so far apart, zeros between."""
     shape = [d * (k - 1) + 1 for d, k in zip(spacing, kernel.shape[2:], strict=True)]
     spread = kernel.new_zeros(*kernel.shape[:2], *shape)
-    spread[(..., *(slice(None, None, d) for d in spacing))] = kernel
+    places = (slice(None), slice(None), *(slice(None, None, d) for d in spacing))
+    spread[places] = kernel
     return spread
 
 
@@ -303,3 +303,7 @@ def _fit(outer: LinearOperator, inner: LinearOperator) -> bool:
         return outer.channels[1] == inner.channels[0]
     flat = isinstance(outer, DenseOperator) and prod(inner.out_shape) == prod(outer.in_shape)
     return flat or inner.out_shape == outer.in_shape
+
+
+def _factors(op: LinearOperator) -> Sequence[LinearOperator]:
+    return op.factors if isinstance(op, ComposedOperator) else (op,)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import ceil, gcd, prod, sqrt
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import padding as paddings
-from .base import Grid, KernelOperator, check_ends_with, check_weight
+from .base import Grid, KernelOperator, check_ends_with, check_weight, is_whole
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -33,6 +35,7 @@ class ConvOperator(KernelOperator):
         transposed: the adjoint of the convolution with this kernel.
         padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`.
         input_size: spatial size of the input, int or one per axis; None for the lattice operator.
+        assign: of a layer that computes its kernel from its parameters: makes the layer hold another one, see `as_operator`.
 
     Raises:
         TypeError: `weight` is no real floating-point tensor.
@@ -61,25 +64,27 @@ class ConvOperator(KernelOperator):
         transposed: bool = False,
         padding_mode: str = "zeros",
         input_size: int | Sequence[int] | None = None,
+        assign: Callable[[Tensor], None] | None = None,
     ) -> None:
         check_weight(weight)
         dims = weight.ndim - 2
-        if dims not in _CONV or 0 in weight.shape:
+        if dims not in _CONV or 0 in weight.shape[2:]:
             raise ValueError(
-                "`weight` must be a non-empty kernel (out, in / groups, *taps) with one to three spatial axes; "
+                "`weight` must be a kernel (out, in / groups, *taps) with taps along one to three spatial axes; "
                 f"got shape {tuple(weight.shape)}. For a matrix use DenseOperator."
             )
-        if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        if not is_whole(groups) or groups < 1 or weight.shape[0] % groups:
             raise ValueError(f"`groups` must divide the {weight.shape[0]} channels of `weight`; got {groups!r}.")
         if padding_mode not in paddings.MODES:
             raise ValueError(f"`padding_mode` must be one of {', '.join(paddings.MODES)}; got {padding_mode!r}.")
         if transposed and padding_mode != "zeros":
             raise ValueError(f"`padding_mode` of a transposed convolution must be 'zeros'; got {padding_mode!r}.")
         self.weight = weight
+        self.assign = assign
         self.stride = _per_axis("stride", stride, dims, least=1)
         self.dilation = _per_axis("dilation", dilation, dims, least=1)
         self.output_padding = _per_axis("output_padding", output_padding, dims, least=0)
-        self.groups = groups
+        self.groups = int(groups)
         self.transposed = transposed
         self.padding_mode = padding_mode
         self.padding = self._padding_pairs(padding)
@@ -88,17 +93,28 @@ class ConvOperator(KernelOperator):
 
     def _padding_pairs(self, padding: int | str | Sequence[int] | Sequence[tuple[int, int]]) -> paddings.Pairs:
         dims = self.weight.ndim - 2
-        if padding == "valid":
+        if _is_listing(padding) and padding and all(isinstance(letter, str) for letter in padding):
+            padding = "".join(map(str, padding))  # torch makes a tuple of letters of the word for a transposed convolution
+        if isinstance(padding, str) and self.transposed:
+            raise ValueError(
+                f"`padding` of a transposed convolution must be numbers, as torch's forward wants them; got {padding!r}. "
+                "Give an int, or one per axis."
+            )
+        if isinstance(padding, str) and padding == "valid":
             return ((0, 0),) * dims
-        if padding == "same":
+        if isinstance(padding, str) and padding == "same":
             if any(s != 1 for s in self.stride):
                 raise ValueError(f"`padding='same'` needs stride 1; got stride {self.stride}.")
             # torch puts the odd one at the end
             return tuple((reach // 2, reach - reach // 2) for reach in self._reach)
         if isinstance(padding, str):
             raise ValueError(f"`padding` must be numbers, 'same' or 'valid'; got {padding!r}.")
-        if not isinstance(padding, int) and len(padding) == dims and not isinstance(padding[0], int):
-            return tuple((int(before), int(after)) for before, after in padding)  # type: ignore[misc, union-attr]
+        if _is_listing(padding) and any(_is_listing(pair) for pair in padding):
+            if len(padding) != dims or not all(
+                _is_listing(pair) and len(pair) == 2 and all(map(is_whole, pair)) for pair in padding
+            ):
+                raise ValueError(f"`padding` must be {dims} pairs (before, after) of ints; got {padding!r}.")
+            return tuple((int(before), int(after)) for before, after in padding)
         return tuple((p, p) for p in _per_axis("padding", padding, dims, least=0))  # type: ignore[arg-type]
 
     def _check_sizes(self) -> None:
@@ -237,13 +253,14 @@ class ConvOperator(KernelOperator):
         """
         strides = self.stride
         if self.padding_mode == "circular":
-            strides = tuple(s if self._divides(i) else 1 for i, s in enumerate(strides))
+            strides = tuple(1 if paddings.crosses_seam(*self._seam(i)) else s for i, s in enumerate(strides))
         axes = zip(strides, self.dilation, self._taps, strict=True)
         return tuple(min(s // gcd(s, d), k) for s, d, k in axes)
 
-    def _divides(self, axis: int) -> bool:
-        """Whether the stride divides the period; if not, or if the size is unknown, rows can meet at the seam."""
-        return self.is_finite and self._sizes[0][axis] % self.stride[axis] == 0
+    def _seam(self, axis: int) -> tuple[int | None, int, int, int, int, int]:
+        """The period of an axis, if it is known, and all else that decides which rows meet around it."""
+        size = self._sizes[0][axis] if self.is_finite else None
+        return size, self.stride[axis], self.dilation[axis], self._taps[axis], *self.padding[axis]
 
     def canonical(self) -> Tensor:
         kernel = self.weight.unflatten(0, (self.groups, -1))
@@ -283,7 +300,7 @@ class ConvOperator(KernelOperator):
         if self.padding_mode == "zeros":
             return 1.0
         if self.padding_mode == "circular":
-            return sqrt(prod(self._seam_rows(axis) for axis in range(self._dims)))
+            return sqrt(prod(paddings.row_repeats(*self._seam(axis)) for axis in range(self._dims)))
         if self.input_size is None:
             raise ValueError(
                 f"{self.padding_mode} padding repeats inputs, so the lattice norm is no bound for this layer and there is "
@@ -302,28 +319,14 @@ class ConvOperator(KernelOperator):
             worst *= paddings.worst_multiplicity(self.padding_mode, max(fits, reach + 1 - before - after), before, after)
         return sqrt(worst)
 
-    def _seam_rows(self, axis: int) -> int:
-        """How often, at most, circular padding makes the same row of the periodic stride-1 operator."""
-        s, reach, (before, after) = self.stride[axis], self._reach[axis], self.padding[axis]
-        extra = before + after - reach
-
-        def rows_over_period(n: int) -> int:
-            rows = (n + extra - 1) // s + 1
-            return ceil(rows * gcd(s, n) / n)
-
-        if self.is_finite:
-            return rows_over_period(self._sizes[0][axis])
-        if extra <= 0:
-            return 1
-        # torch pads at most once around; beyond `extra + s` positions two rows can meet, never three
-        return max(2, *(rows_over_period(n) for n in range(max(before, after, 1), extra + s + 1)), 2)
-
 
 def _per_axis(name: str, value: int | Sequence[int], dims: int, *, least: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        values: tuple[int, ...] = (value,) * dims
-    else:
-        values = tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+    values = (value,) * dims if is_whole(value) else tuple(value) if _is_listing(value) else ()
+    if len(values) != dims or not all(is_whole(v) and v >= least for v in values):
         raise ValueError(f"`{name}` must be an int or {dims} ints, each at least {least}; got {value!r}.")
-    return values
+    return tuple(int(v) for v in values)
+
+
+def _is_listing(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether this holds numbers in a row: a list, a tuple, an array; no word."""
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .base import Grid, KernelOperator, check_ends_with, check_weight
@@ -13,6 +15,7 @@ class DenseOperator(KernelOperator):
     Args:
         weight: `W`, of shape `(out, in)`; `(in, out)` when `transposed`.
         transposed: the map is `x ↦ Wᵀ x`, as in transformers' `Conv1D`.
+        assign: of a layer that computes `W` from its parameters: makes the layer hold another one, see `as_operator`.
 
     Raises:
         TypeError: `weight` is no real floating-point tensor.
@@ -27,7 +30,7 @@ class DenseOperator(KernelOperator):
         tensor(4.)
     """
 
-    def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
+    def __init__(self, weight: Tensor, *, transposed: bool = False, assign: Callable[[Tensor], None] | None = None) -> None:
         check_weight(weight)
         if weight.ndim != 2:
             raise ValueError(
@@ -35,6 +38,7 @@ class DenseOperator(KernelOperator):
             )
         self.weight = weight
         self.transposed = transposed
+        self.assign = assign
 
     def __repr__(self) -> str:
         return f"DenseOperator(in_shape={self.in_shape}, out_shape={self.out_shape})"

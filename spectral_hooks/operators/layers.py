@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .base import LinearOperator
+from .base import KernelOperator, LinearOperator
 from .conv import ConvOperator
 from .dense import DenseOperator
 
@@ -28,14 +28,19 @@ _REWRITES = {
 
 
 @singledispatch
-def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
+def as_operator(layer: Any, input_size: InputSize = None) -> KernelOperator:
     """The linear map that a layer computes, without its bias.
 
     `nn.Linear` and transformers' `Conv1D` become a `DenseOperator`; `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d`
     a `ConvOperator`. A parametrized layer is measured by the weight that it computes now, a linear layer with LoRA adapters of
     PEFT by the merged one, base + Σ scaling · B A over the active adapters.
 
-    To teach it a layer of your own: `as_operator.register(MyLayer, lambda layer, input_size=None: ...)`.
+    To teach it a layer of your own: `as_operator.register(MyLayer, lambda layer, input_size=None: ...)`, a function that returns
+    a `DenseOperator` or a `ConvOperator`. Its weight can be written too if it is a parameter of the layer, a view of one
+    (transposed, reshaped, a part), or a parametrized tensor with `right_inverse`. If the layer computes it, give the operator the
+    inverse map as `assign=`, a function of the new weight that changes the layer's parameters in place. After `assign(w)` the
+    operator of the layer must have the weight `w`: it is read back, and all is put back if it does not. Without one the layer can
+    be measured, and hooks refuse it.
 
     Args:
         layer: the layer. Its weight is not copied: gradients flow through the operator.
@@ -53,9 +58,26 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
         (2,)
         >>> sh.as_operator(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), input_size=(9, 6)).out_shape
         (8, 5, 3)
+
+        A layer that scales its weight in forward:
+
+        >>> class Scaled(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.eye(2))
+        ...     def forward(self, x):
+        ...         return torch.nn.functional.linear(x, 4 * self.weight)
+        >>> @sh.as_operator.register
+        ... def _(layer: Scaled, input_size=None):
+        ...     return sh.DenseOperator(4 * layer.weight, assign=lambda w: layer.weight.copy_(w / 4))
+        >>> model = torch.nn.Sequential(Scaled())
+        >>> sh.SpectralClip(1.0).start(model)
+        >>> model[0].weight.data
+        tensor([[0.2500, 0.0000],
+                [0.0000, 0.2500]])
     """
     if isinstance(layer, LinearOperator):
-        return layer
+        return cast(KernelOperator, layer)  # as it is, though a composition has no weight
     for cls in type(layer).__mro__:
         if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
             return DenseOperator(_weight(layer, cls), transposed=True)
@@ -63,7 +85,10 @@ def as_operator(layer: Any, input_size: InputSize = None) -> LinearOperator:
         return _lora(layer)
     if isinstance(layer, Tensor):
         raise TypeError("`layer` is a tensor: say which map it is, with DenseOperator(weight) or ConvOperator(weight, ...).")
-    raise TypeError(f"`layer` of type {type(layer).__name__} has no operator; register one with as_operator.register.")
+    kind = type_before_parametrizations(layer) if isinstance(layer, nn.Module) else type(layer)
+    # many libraries have a `Linear` of their own
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    raise TypeError(f"`layer` of type {where} has no operator; register one with as_operator.register.")
 
 
 def is_adapter(layer: Any) -> bool:
@@ -80,10 +105,12 @@ def lora_factors(layer: Any) -> list[tuple[Any, Any, float]]:
     ]
 
 
-def _lora(layer: Any) -> LinearOperator:
+def _lora(layer: Any) -> KernelOperator:
     """The merged weight, as (out, in), of plain LoRA on a linear layer."""
     base = as_operator(layer.base_layer)
-    variants = getattr(layer, "lora_variant", {})
+    # older versions of PEFT have no variants, but say of which adapters the weight is decomposed
+    dora = {name for name, is_so in getattr(layer, "use_dora", {}).items() if is_so}
+    variants = dora.union(getattr(layer, "lora_variant", {}))
     plain = type(layer).__module__.startswith("peft.tuners.lora.") and not any(name in variants for name in layer.active_adapters)
     if not plain or not isinstance(base, DenseOperator):
         raise NotImplementedError(
@@ -99,20 +126,26 @@ def _lora(layer: Any) -> LinearOperator:
 
 
 @as_operator.register
-def _linear(layer: nn.Linear, input_size: InputSize = None) -> LinearOperator:
+def _linear(layer: nn.Linear, input_size: InputSize = None) -> KernelOperator:
     # timm's Linear only adds casts for scripting
     kind = type_before_parametrizations(layer)
     return DenseOperator(_weight(layer, kind if kind.__module__ == "timm.layers.linear" else nn.Linear))
 
 
 @as_operator.register
-def _conv(layer: nn.modules.conv._ConvNd, input_size: InputSize = None) -> LinearOperator:
+def _conv(layer: nn.modules.conv._ConvNd, input_size: InputSize = None) -> KernelOperator:
     kind = type_before_parametrizations(layer)
     same = kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
     transposed = layer.transposed
     padding: Any = layer.padding
     if same:
         padding = _same_padding(layer, input_size)
+    if transposed and any(isinstance(amount, str) for amount in padding):
+        # torch takes a word for its letters
+        raise ValueError(
+            f"`padding` of {kind.__name__} must be numbers: torch's transposed convolutions know no {''.join(padding)!r} and "
+            "fail in forward; give the number of samples that the output loses on each side."
+        )
     return ConvOperator(
         _weight(layer, kind if same else _torch_class(layer)),
         stride=layer.stride,

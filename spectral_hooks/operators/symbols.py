@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from math import pi, prod
+from math import ceil, inf, pi, prod
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from .base import float32_is_kept
 
 #: Up to so many entries the matrices of several groups are found by one batched product.
 _FEW_ENTRIES = 64
+#: Bytes of waves held at once.
+_WAVE_BYTES = 1 << 26
+#: Groups with fewer frequencies than this, on the average, share one batched product.
+_FEW_FREQUENCIES = 16
+#: Up to so many lags their norms are bounded by products.
+_FEW_LAGS = 64
 #: A symmetric product is made of so many blocks of rows, each of this size at least.
 _PANELS, _LEAST_PANEL = 8, 128
 
@@ -35,6 +41,9 @@ def symbol(kernel: Tensor, theta: Tensor) -> Tensor:
     One small DFT matmul, exact up to rounding, differentiable.
     """
     positions = product([torch.arange(k) for k in kernel.shape[3:]], theta)
+    some = max(_WAVE_BYTES // (3 * theta.element_size() * len(positions)), 1)
+    if len(theta) > some:
+        return torch.cat([symbol(kernel, part) for part in theta.split(some)])
     angles = theta @ positions.T
     taps = kernel.flatten(3) if kernel.ndim > 3 else kernel.unsqueeze(-1)
     flat = taps.movedim(-1, 0).flatten(1)
@@ -60,7 +69,9 @@ def half_plane(sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     shape = index.new_tensor(sizes)
     place = index.new_tensor([prod(sizes[i + 1 :]) for i in range(len(sizes))])
     here, mirrored = (index * place).sum(1), ((-index % shape) * place).sum(1)
-    first = here <= mirrored
+    # a frequency is its own mirror image if each component is 0 or π; so many are kept, for a compiler wants to know
+    kept = (prod(sizes) + prod(2 if n % 2 == 0 else 1 for n in sizes)) // 2
+    first = (here > mirrored).to(torch.uint8).argsort(stable=True)[:kept]
     counts = 1 + (here < mirrored)[first].to(torch.float64)
     theta = index[first].to(torch.float64) * (2 * pi) / shape
     return theta.to(like), counts.to(like)
@@ -69,15 +80,23 @@ def half_plane(sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
 def trim(kernel: Tensor) -> tuple[Tensor, list[int]]:
     """The kernel without its outer taps that are zero and without the axes that then have a single tap; and the axes left.
 
-    Neither changes a singular value: a shift of all taps multiplies the symbol by a number of modulus one.
+    Neither changes a singular value: a shift of all taps of a group multiplies its symbol by a number of modulus one. So the taps
+    of every group start at the corner, wherever they were.
     """
     axes: list[int] = []
     for axis in range(kernel.ndim - 1, 2, -1):
-        others = [a for a in range(kernel.ndim) if a != axis]
-        used = (kernel != 0).sum(dim=others).nonzero()
-        first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
-        kernel = kernel.narrow(axis, first, last - first + 1)
-        if kernel.shape[axis] == 1:
+        others = [a for a in range(1, kernel.ndim) if a != axis]
+        used = (kernel != 0).sum(dim=others) > 0 if others else kernel != 0  # (groups, taps)
+        places = torch.arange(kernel.shape[axis], device=kernel.device)
+        first = torch.where(used, places, len(places)).amin(1).clamp(max=len(places) - 1)
+        last = torch.where(used, places, 0).amax(1)
+        spread = int((last - first).clamp(min=0).amax()) if len(kernel) else 0
+        # what is taken from beyond the end is zero wherever it comes from
+        index = (first.unsqueeze(1) + places[: spread + 1]) % len(places)
+        shape = [len(kernel), *(1,) * (kernel.ndim - 1)]
+        shape[axis] = spread + 1
+        kernel = kernel.take_along_dim(index.reshape(shape), dim=axis)
+        if spread == 0:
             kernel = kernel.squeeze(axis)
         else:
             axes.insert(0, axis - 3)
@@ -118,6 +137,7 @@ class Gram:
         coefficients = coefficients.unflatten(1, squares.shape[1:])  # (lags, groups, n, n)
         even = coefficients + coefficients.mT
         even[0] /= 2
+        self.taps = taps
         self.lags = lags
         self.even = even.movedim(1, 0).flatten(2).contiguous()  # (groups, lags, n²)
         self.odd = (coefficients - coefficients.mT).movedim(1, 0).flatten(2).contiguous()
@@ -126,7 +146,8 @@ class Gram:
         self._blocks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # |G| is at most the product of the absolute kernels; sums over columns, samples and lags round
         reach = kernel.abs().flatten(3).sum(-1).flatten(1) if taps else kernel.abs().flatten(1)
-        longest = kernel.shape[2] + len(theta) + len(lags) + 16
+        turns = sum(2 * k - 2 for k in taps)  # an angle `l·θ` is off by an eps of each
+        longest = kernel.shape[2] + len(theta) + len(lags) + 16 + ceil(2 * pi) * turns
         self.error = longest * torch.finfo(kernel.dtype).eps * float(reach.square().sum(1).amax())
 
     def single(self) -> Gram:
@@ -153,6 +174,52 @@ class Gram:
         other._blocks = {}
         return other
 
+    def extent(self) -> tuple[Tensor, Tensor]:
+        """Between which numbers all eigenvalues lie, at all frequencies: those of the mean, less and plus the norms of all lags.
+
+            λ_min(R_0) - Σ_l ‖R_l‖ ≤ λ(G(θ)) ≤ λ_max(R_0) + Σ_l ‖R_l‖,   l ≠ 0
+
+        Both for every group, `(groups,)`; 0 and infinity where the sum is too large to tell anything. Nearly flat spectra, as
+        those of orthogonal kernels, need no other proof.
+        """
+        size, eps = self.size, torch.finfo(self.even.dtype).eps
+        mean = self.even[:, 0].unflatten(1, (size, size))
+        # `R_l exp(-i l·θ)` and its adjoint are `cos E - i sin O` together: the norm is at most the larger of theirs
+        others = torch.maximum(*(torch.linalg.vector_norm(x[:, 1:], dim=2) for x in (self.even, self.odd)))
+        low, high = torch.zeros_like(others[:, 0]), torch.full_like(others[:, 0], inf)
+        near = (others.sum(1) < mean.diagonal(dim1=1, dim2=2).mean(1)).nonzero().flatten()
+        for group in near.tolist():
+            sums = others[group]
+            if len(sums) <= _FEW_LAGS:
+                # 2 ‖R‖ ≤ 2 ‖R Rᵀ‖_F^½ is closer where many singular values are of one size
+                lags = ((self.even[group, 1:] + self.odd[group, 1:]) / 2).unflatten(1, (size, size))
+                closer = 2 * torch.linalg.vector_norm((lags @ lags.mT).flatten(1), dim=1).sqrt()
+                sums = torch.minimum(sums, closer * (1 + size**1.5 * eps))
+            values = torch.linalg.eigvalsh(mean[group])
+            width = sums.sum() * (1 + size**2 * eps) + 4 * size * eps * values[-1] + self.error
+            low[group], high[group] = (values[0] - width).clamp(min=0), values[-1] + width
+        return low, high
+
+    @property
+    def bytes_each(self) -> int:
+        """Held for a value while it is found: the matrix, and the waves of all lags."""
+        return 2 * self.even.element_size() * self.even.shape[2] + 5 * self.lags.element_size() * len(self.lags)
+
+    def _waves(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """`cos(l·θ)` and `sin(l·θ)` of all lags, for `theta` of shape `(*n, d)`: `(*n, lags)`."""
+        theta = theta.to(self.lags)
+        if len(self.lags) <= _FEW_LAGS:
+            angles = theta @ self.lags.T
+            return angles.cos(), angles.sin()
+        # products of the waves of each axis are far cheaper than cosines
+        waves = theta.new_ones(*theta.shape[:-1], 1, dtype=theta.dtype.to_complex())
+        for axis, k in enumerate(self.taps):
+            places = torch.arange(0 if axis == 0 else 1 - k, k).to(theta)
+            wave = torch.polar(theta.new_ones(1), theta[..., axis, None] * places)
+            waves = (waves.unsqueeze(-1) * wave.unsqueeze(-2)).flatten(-2)
+        waves = waves[..., -len(self.lags) :]
+        return waves.real, waves.imag
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the values."""
@@ -177,15 +244,15 @@ class Gram:
 
     def _combine(self, even: Tensor, odd: Tensor, group: Tensor, theta: Tensor) -> Tensor:
         """`Σ_l cos(l·θ) even_l - i sin(l·θ) odd_l` of entries in a row."""
-        angles = theta.to(self.lags) @ self.lags.T
-        cos, sin = angles.cos().to(even), -angles.sin().to(even)
+        cos, sin = self._waves(theta)
+        cos, sin = cos.to(even), -sin.to(even)
         if self.groups == 1:
             return torch.complex(cos @ even[0], sin @ odd[0])
-        if even.shape[2] <= _FEW_ENTRIES:
+        present, counts = group.unique_consecutive(return_counts=True)
+        if even.shape[2] <= _FEW_ENTRIES and len(group) < _FEW_FREQUENCIES * len(present):
             real = torch.bmm(cos.unsqueeze(1), even[group]).squeeze(1)
             return torch.complex(real, torch.bmm(sin.unsqueeze(1), odd[group]).squeeze(1))
         # a product for each group, without copies of its coefficients for every frequency
-        present, counts = group.unique_consecutive(return_counts=True)
         parts = zip(present.tolist(), cos.split(counts.tolist()), sin.split(counts.tolist()), strict=True)
         return torch.cat([torch.complex(c @ even[g], s @ odd[g]) for g, c, s in parts])
 
@@ -195,6 +262,5 @@ class Gram:
         held = (0 if self.groups == 1 else group,)
         even = (self.even[held] @ outer.real.to(self.even)).squeeze(2)  # (n, lags)
         odd = (self.odd[held] @ outer.imag.to(self.odd)).squeeze(2)
-        angles = theta.to(self.lags) @ self.lags.T
-        cos, sin = angles.cos().to(self.even), angles.sin().to(self.even)
+        cos, sin = (wave.to(self.even) for wave in self._waves(theta))
         return (cos @ even.unsqueeze(2) + sin @ odd.unsqueeze(2)).squeeze(2)

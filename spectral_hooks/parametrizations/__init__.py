@@ -1,7 +1,8 @@
 """Layers that satisfy a constraint by construction: each function takes a layer and returns it or what replaces it.
 
 DDP and FSDP2 (`fully_shard`) work: parametrize first, shard afterwards; measure between `layer.unshard()` and
-`layer.reshard()`.
+`layer.reshard()`. Under FSDP the parameters of `rescaled`, `clipped` and `banded` come back inside by their gradients alone, for
+what a forward writes to gathered weights is lost.
 """
 
 from .cayley import cayley as cayley

@@ -38,6 +38,8 @@ Parts = dict[str, Tensor]
 _QUICK, _THOROUGH = (30, 1e-3), (100, 1e-6)
 #: A kernel this near, relative, has been taken apart exactly, or could be but for the rounding of its entries.
 _EXACT, _NEAR = 1e-7, 0.1
+#: Beyond, a weight is taken for its direction alone.
+_HUGE = 1e10
 #: Eigenvalues of a Gram matrix this small, relative, are rounding of a float32 kernel.
 _ROUNDING = 1e-6
 
@@ -157,6 +159,8 @@ def decompose(blocks: Blocks, weight: Tensor) -> Parts:
     w = weight.detach() if weight.device.type == "mps" else weight.detach().double()
     if w.is_meta:
         return {name: w.new_empty(shape) for name, shape in blocks.shapes.items()}
+    # the length only tells whether it is a product, which this is not, and its squares would overflow
+    w = w / largest if (largest := float(w.abs().amax())) > _HUGE else w
     tall = {"exit", "entry"} <= set(blocks.shapes)
     parts = _unfolded(blocks, w) if tall else _peeled(blocks, w)
     distance = float((compose(blocks, parts) - w).norm()) / float(w.norm().clamp(min=torch.finfo(w.dtype).tiny))

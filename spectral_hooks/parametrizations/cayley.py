@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from ..operators.symbols import product
 from .modules import OrthogonalConv
-
-#: The norm to which longer kernels are scaled down. Close to its limit the transform hardly moves, and the inverse loses digits.
-_LONGEST = 100.0
+from .stiefel import FAR, _polished, bounded
 
 
 def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
@@ -22,7 +20,8 @@ def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
         Q = [2R - I; -2VR],   R = (I + U - U* + V*V)⁻¹,
 
     the Cayley transform; of `F*`, and transposed back, where there are fewer outputs than inputs. A stride is dealt with by space
-    to depth before.
+    to depth before. Close to its limit the transform hardly moves, and the inverse loses digits: kernels `K` with
+    `√taps ‖K‖ > 128`, the norm that of the matrix `outputs · taps × inputs`, are `bounded` in length.
 
     Guaranteed: `AᵀA = I` (`AAᵀ = I` where there are fewer outputs than inputs) up to rounding, 2e-6 in float32, in training and
     evaluation, for every weight and at every input size, rectangular ones too. The map wraps around whatever the layer's own
@@ -85,9 +84,10 @@ class CayleyConv(OrthogonalConv):
         """`Q(θ)ᵀ` of every group at every frequency of the half that `rfftn` keeps, `(groups · frequencies, columns, rows)`."""
         geometry = self.geometry
         kernel = geometry.kernel(weight.to(geometry.wide(weight)))
-        # ‖F(θ)‖ ≤ √taps ‖K‖_F
-        longest = torch.linalg.vector_norm(kernel) * sqrt(prod(kernel.shape[3:]))
-        kernel = kernel * (_LONGEST / longest.clamp(min=_LONGEST))
+        # ‖F(θ)‖ ≤ √taps ‖K‖
+        matrix = kernel.movedim(2, -1)
+        shorter = bounded(matrix.flatten(1, -2), FAR / sqrt(prod(kernel.shape[3:])))
+        kernel = shorter.view(matrix.shape).movedim(-1, 2)
         q = _cayley(_symbol(kernel, sizes, geometry.radius, geometry.dilation))
         return q.transpose(0, 1).flatten(0, 1).mT.contiguous()
 
@@ -97,7 +97,9 @@ def _prepared(q: Tensor) -> Tensor:
 
     That is twice the memory and as much arithmetic, but in faster products.
     """
-    return q if torch.is_grad_enabled() else torch.view_as_real(torch.stack([q, 1j * q], -2)).flatten(-2).flatten(-3, -2)
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
+        return q
+    return torch.view_as_real(torch.stack([q, 1j * q], -2)).flatten(-2).flatten(-3, -2)
 
 
 def _times(x: Tensor, q: Tensor) -> Tensor:
@@ -130,7 +132,4 @@ def _cayley(x: Tensor) -> Tensor:
     upper, lower = x[..., :columns, :], x[..., columns:, :]
     identity = torch.eye(columns, dtype=x.dtype, device=x.device)
     inverse = torch.linalg.inv(identity + upper - upper.mH + lower.mH @ lower)
-    q = torch.cat([2 * inverse - identity, -2 * lower @ inverse], -2)
-    # one step of Newton's: the inverse has lost as many digits as the weight is large
-    fixed = q.detach()
-    return q + (fixed - fixed @ (fixed.mH @ fixed)) / 2
+    return _polished(torch.cat([2 * inverse - identity, -2 * lower @ inverse], -2))

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf, isfinite, prod, sqrt
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 
 from ..bounds import cosine_grid
 from ..krylov import matrix_norm
 from ..lattice import lattice_norm
 from ..operators import as_operator
-from ..operators.base import LinearOperator, full_precision
+from ..operators.base import KernelOperator, full_precision
 from ..operators.symbols import half_plane, product, symbol
 from ..projections import check_max_norm
 from ..spectrum import check_finite
-from .modules import Memory
+from .modules import At, Memory, exported, may_follow, start_inside, unrecorded, without_autocast
 from .remove import register
-from .rescaled import Rescaled
-from .stiefel import in_full_precision
+from .rescaled import Rescaled, bounded, unit_scale
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -35,6 +35,8 @@ _INSIDE_RTOL, _SURELY_OUTSIDE = 1e-2, 1e-4
 _CERTIFIED_OVERSAMPLING = 16
 #: Beyond, relative to the bound, squares of singular values have too few digits near it.
 _HIGHEST = 30.0
+#: In units of the weight's largest entry: a level beyond which nothing is outside, and one for which float32 has too few digits.
+_ABOVE_ALL, _FINEST = 1e30, 1e-20
 #: A norm this little above the bound is rounding, and counts as inside.
 _TOLERANCE = 1e-6
 #: Roundings of a product `U f(Σ) Vᵀ`, each of the size of the working precision, that its norm may be off by.
@@ -55,7 +57,10 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     the closest kernel inside, not the closest; `projections.clip` comes nearer.
 
     Guaranteed (certified): `‖A‖₂ ≤ max_norm` for the lattice operator, so at every input size; for the stored dtype too.
-    Gradients are exact, that of the clip and that of the bound, and finite where singular values coincide.
+    In training the parameter follows: a forward that finds `W` outside puts the clip in its place, and the gradient is that of
+    the layer's weight (projected gradient descent, as with `SpectralClip`). Elsewhere (evaluation, frozen weights, `torch.func`,
+    FSDP, compiled matrices) `W` stays, and the gradient is that of the clip and of the bound, finite where singular values
+    coincide, and of a matrix's clip with the part added that leads inside, which the derivative itself has not.
 
     Args:
         layer: a linear or convolutional layer, changed in place.
@@ -74,6 +79,7 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     Raises:
         ValueError: `max_norm` is no positive number; the padding needs an `input_size`; the weight is pruned or carries a
             parametrization from elsewhere; in a forward, NaN or infinity in a kernel.
+        NotImplementedError: in a forward, a kernel of several taps under `torch.func.vmap`.
         TypeError, NotImplementedError: as `as_operator`.
 
     Example:
@@ -88,8 +94,9 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     Source: Sedghi, Gupta and Long (2019), for the clip of the symbol.
     """
     check_max_norm(max_norm)
-    op = _bounded(layer, input_size)
-    return register(layer, Clipped(op, 0.0, max_norm))
+    register(layer, Clipped(bounded(layer, input_size), 0.0, max_norm))
+    start_inside(layer)
+    return layer
 
 
 def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
@@ -101,7 +108,8 @@ def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
     like 1×1 and patches). With `low = high` it is the polar factor, scaled.
 
     Guaranteed: the `min(rows, columns)` singular values of the matrix lie in the band, up to the rounding of the stored dtype,
-    and so do those of the layer on the inputs that it reads. The gradient is exact and finite where singular values coincide; it
+    and so do those of the layer on the inputs that it reads. In training the parameter follows into the band and has the gradient
+    of the layer's weight, as for `clipped`. Elsewhere the gradient is that of the map, finite where singular values coincide; it
     grows like `low / σ` where the weight loses rank, up to a factor of 1e6.
 
     Args:
@@ -143,19 +151,9 @@ def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
             f"{type(layer).__name__} pads patches that do not overlap, so those at the border are cut or repeated and leave the "
             "band. Set padding=0, or use clipped for the upper bound alone."
         )
-    return register(layer, Clipped(op, float(low), float(high)))
-
-
-def _bounded(layer: nn.Module, input_size: int | Sequence[int] | None) -> LinearOperator:
-    """The layer's operator on the lattice, or at the size without which it has no bound."""
-    op = as_operator(layer)
-    try:
-        op.lattice_factor  # noqa: B018 (asked for its error)
-    except ValueError:
-        if input_size is None:
-            raise
-        op = as_operator(layer, input_size)
-    return op
+    register(layer, Clipped(op, float(low), float(high)))
+    start_inside(layer)
+    return layer
 
 
 class Clipped(nn.Module):
@@ -166,7 +164,7 @@ class Clipped(nn.Module):
         low, high: where singular values end. A positive `low` is for kernels of one tap.
     """
 
-    def __init__(self, op: LinearOperator, low: float, high: float) -> None:
+    def __init__(self, op: KernelOperator, low: float, high: float) -> None:
         super().__init__()
         self.op = op.with_weight(torch.empty_like(op.weight, device="meta", requires_grad=False))
         self.low = low
@@ -179,21 +177,39 @@ class Clipped(nn.Module):
         return f"Clipped(max_norm={self.high})" if self.low == 0 else f"Clipped(low={self.low}, high={self.high})"
 
     def forward(self, weight: Tensor) -> Tensor:
+        if may_follow(self, weight):
+            return self._followed(weight)
         # neither what is remembered nor the parameter is to be written to through `layer.weight`
-        return self._memory(self, weight, self._moved).clone()
+        return exported(lambda weight: self._memory(self, weight, self._moved), weight).clone()
+
+    def _followed(self, weight: Tensor) -> Tensor:
+        """What is made of the weight, and the parameter becomes that, with its gradient: projected gradient descent."""
+        with torch.no_grad():
+            value = self._moved(weight.detach())
+            # behind the back of autograd, since an earlier forward may still need the weight, whose values it leaves inside
+            if bool(value.isfinite().all()):
+                weight.data.copy_(value)
+        return At.apply(weight, value.clone())
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         # the parameter would share the storage of what is assigned
         return weight.clone()
 
     def _moved(self, weight: Tensor) -> Tensor:
-        op = self.op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         if self._is_matrix:
-            return _banded_matrix(op, self.low, self.high, weight.dtype)
-        return _clipped_kernel(op, self.high, weight, self._into_ball)
+            return without_autocast(lambda weight: _banded_matrix(self._wide(weight), self.low, self.high, weight.dtype), weight)
+        if is_functorch_wrapped_tensor(weight) and is_batchedtensor(weight):
+            raise NotImplementedError(
+                "clipped looks at the values of a kernel with several taps, which torch.func.vmap does not show: "
+                "use rescaled, which holds the same bound, or call the layers one after the other."
+            )
+        return unrecorded(lambda weight: _clipped_kernel(self._wide(weight), self.high, weight, self._into_ball), weight)
+
+    def _wide(self, weight: Tensor) -> KernelOperator:
+        return self.op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
-def _banded_matrix(op: LinearOperator, low: float, high: float, dtype: torch.dtype) -> Tensor:
+def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dtype) -> Tensor:
     """For a canonical kernel of one tap; in `dtype` it is still inside."""
     kernel = op.canonical()
     high = high / op.lattice_factor
@@ -202,34 +218,48 @@ def _banded_matrix(op: LinearOperator, low: float, high: float, dtype: torch.dty
         rounding += torch.finfo(dtype).eps / 2
     # of every entry, so by the Frobenius norm at most the root of the rank as much in norm
     room = 1 + sqrt(min(kernel.shape[1:3])) * rounding
-    low, high = min(low * room, high), max(high / room, min(low, high))
-    moved = in_full_precision(lambda matrices: _BandedValues.apply(matrices, low, high))(kernel.flatten(2))
+    inner = min(low * room, high), max(high / room, min(low * room, high))
+    # what is half as near to the end stays as it is: a matrix that was moved is not moved again by its rounding
+    kept = (
+        sqrt(low * inner[0]) if inner[0] < high else low / room,
+        sqrt(high * inner[1]) if inner[1] > low else high * room,
+    )
+    moved = banded_values(kernel.flatten(2), *inner, kept=kept, inward=True)
     return op.from_canonical(moved.reshape(kernel.shape)).to(dtype)
 
 
 @torch.compiler.disable  # decides by values
 @full_precision
-def _clipped_kernel(op: LinearOperator, max_norm: float, weight: Tensor, into_ball: Rescaled) -> Tensor:
+def _clipped_kernel(op: KernelOperator, max_norm: float, weight: Tensor, into_ball: Rescaled) -> Tensor:
     """The clip on a grid, cropped to the taps and scaled; the `weight` itself where that is proven to be inside at once."""
     check_finite(weight)
-    kernel = op.canonical()
-    level = max_norm / op.lattice_factor
+    if not weight.any():
+        return weight
+    # entries of order one, for squares and sums; no norm of such a kernel comes near the largest level
+    unit = float(unit_scale(op.weight))
+    level = min(max_norm / op.lattice_factor * unit, _ABOVE_ALL)
+    if level < _FINEST:  # float32 has no digits for both
+        op = op.with_weight(op.weight.double())
+    kernel = op.canonical() * unit
     taps = tuple(kernel.shape[3:])
     sizes = tuple(max(_OVERSAMPLING * (k - 1), 1) for k in taps)
     theta, counts = half_plane(sizes, kernel)
-    excess, peak = _excess(symbol(kernel, theta), level)
+    symbols = symbol(kernel, theta)
+    excess, peak = _excess(symbols, level)
     goal = level * (1 + _TOLERANCE)
     if peak <= level * (1 + _SURELY_OUTSIDE) and lattice_norm(kernel, _INSIDE_RTOL, goal).upper <= goal:
         return weight
-    excess = excess.flatten(1)
+    # far outside what is left would be lost in the rounding of what is taken away
+    part = (banded_values(symbols, 0.0, level) if excess is None else excess).flatten(1)
     # back to the taps: the mean over the frequencies of the real part
     angles = product([torch.arange(k) for k in taps], theta) @ theta.T
     shares = counts / prod(sizes)
-    cropped = (angles.cos() * shares) @ excess.real - (angles.sin() * shares) @ excess.imag
-    return into_ball((op.weight - op.from_canonical(cropped.T.reshape(kernel.shape))).to(weight.dtype))
+    cropped = ((angles.cos() * shares) @ part.real - (angles.sin() * shares) @ part.imag).T.reshape(kernel.shape)
+    inner = op.from_canonical(cropped if excess is None else kernel - cropped) / unit
+    return into_ball(inner.to(weight.dtype))
 
 
-def _certified(op: LinearOperator) -> Tensor:
+def _certified(op: KernelOperator) -> Tensor:
     """A bound of the norm, smooth but where another frequency takes over."""
     if op.is_finite:
         return cosine_grid(op, oversampling=_CERTIFIED_OVERSAMPLING)
@@ -239,18 +269,24 @@ def _certified(op: LinearOperator) -> Tensor:
     block = symbol(kernel[found.group : found.group + 1].to(theta), theta)[0, 0]
     # the search compares values in float32, whose rounding is not smooth
     upper = max(found.upper, found.value * (1 + _RTOL + _TOLERANCE))
+    if not found.value:
+        return (op.weight * 0).sum()
     return matrix_norm(block) * (upper / found.value * op.lattice_factor)
 
 
-def _excess(matrices: Tensor, level: float) -> tuple[Tensor, float]:
-    """What `min(Σ, level)` takes away from each matrix, and the largest singular value or something above `_HIGHEST` levels."""
+def _excess(matrices: Tensor, level: float) -> tuple[Tensor | None, float]:
+    """What `min(Σ, level)` takes away from each matrix, and the largest singular value.
+
+    Of matrices above `_HIGHEST` levels it is None, and the number not below it: their squares have too few digits near the level.
+    """
     peak = float(matrices.detach().abs().amax())
-    if peak <= _HIGHEST * level:
-        tall = matrices.shape[-2] > matrices.shape[-1]
-        excess, largest = _Excess.apply((matrices.mT if tall else matrices) / level)
-        peak = float(largest) * level
     if peak > _HIGHEST * level:
-        return matrices - _BandedValues.apply(matrices, 0.0, level), peak
+        return None, peak
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    excess, largest = _Excess.apply((matrices.mT if tall else matrices) / level)[:2]
+    peak = float(largest) * level
+    if peak > _HIGHEST * level:
+        return None, peak
     return (excess.mT if tall else excess) * level, peak
 
 
@@ -264,20 +300,27 @@ class _Excess(torch.autograd.Function):
     where `shareᵢⱼ` of the interval `[σⱼ, σᵢ]` lies above one, so nothing is lost where they are close.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         squares, u = torch.linalg.eigh(matrices @ matrices.mH)
         s = squares.clamp(min=0).sqrt()
         turned = u.mH @ matrices
-        ctx.save_for_backward(u, s, turned)
-        largest = s.amax()
-        ctx.mark_non_differentiable(largest)
-        return (u * (1 - 1 / s.clamp(min=1)).unsqueeze(-2)) @ turned, largest
+        return (u * (1 - 1 / s.clamp(min=1)).unsqueeze(-2)) @ turned, s.amax(), u, s, turned
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[2:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
-        u, s, turned = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
+        return _without_autocast(_Excess._adjoint, gradient, *ctx.saved_tensors)
+
+    @staticmethod
+    def _adjoint(gradient: Tensor, u: Tensor, s: Tensor, turned: Tensor) -> Tensor:
         larger = torch.maximum(s.unsqueeze(-1), s.unsqueeze(-2))
         smaller = torch.minimum(s.unsqueeze(-1), s.unsqueeze(-2))
         above, below = larger.clamp(min=1), smaller.clamp(min=1)
@@ -290,55 +333,104 @@ class _Excess(torch.autograd.Function):
         return u @ (outer + (inner + inner.mH) @ turned)
 
 
-class _BandedValues(torch.autograd.Function):
-    """`U f(Σ) V*` of a batch of matrices, with `f(σ) = min(max(σ, low), high)`; those inside already stay as they are.
+def banded_values(
+    matrices: Tensor, low: float, high: float, *, kept: tuple[float, float] | None = None, inward: bool = False
+) -> Tensor:
+    """`U f(Σ) V*` of a batch of matrices, with `f(σ) = min(max(σ, low), high)`.
 
-    Its derivative is, with `P = U* dX V` split into its Hermitian and its skew-Hermitian part `P₊ + P₋`,
+    Args:
+        matrices: `(batch, rows, columns)`, real or complex.
+        low, high: the band.
+        kept: those whose singular values all lie in this band stay as they are; by default the band itself.
+        inward: let the gradient lead back inside from the ends of the band. `f` is constant beyond them, so there the derivative
+            vanishes in every direction `U₁ H V₁*` with `H` Hermitian, where `U₁`, `V₁` belong to values above `high`. A descent
+            along the positive part of the gradient's `H` leads inside, and is let through (for values below `low`, the negative
+            part). What remains is zero just where the loss has no descent inside the ball.
+    """
+    return cast(Tensor, _BandedValues.apply(matrices, low, high, kept or (low, high), inward)[0])
+
+
+class _BandedValues(torch.autograd.Function):
+    """`banded_values`. Its derivative is, with `P = U* dX V` split into its Hermitian and its skew-Hermitian part `P₊ + P₋`,
 
         U (D ∘ P₊ + S ∘ P₋) V* + what lies outside of U and V,
         D = (f(σᵢ) - f(σⱼ)) / (σᵢ - σⱼ),   S = (f(σᵢ) + f(σⱼ)) / (σᵢ + σⱼ).
 
     `f` is linear in pieces, so `D` is the share of `[σⱼ, σᵢ]` that lies in the band, and nothing is lost where they are close.
-    `D` and `S` are symmetric: the derivative is its own adjoint.
+    `D` and `S` are symmetric: the derivative is its own adjoint. Both are found in units in which nothing overflows.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrices: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        matrices: Tensor, low: float, high: float, kept: tuple[float, float], inward: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         # solvers raise on NaN; the scale carries it to the result
         scale = matrices.abs().amax().clamp(min=torch.finfo(matrices.real.dtype).tiny)
         scale = torch.where(scale < inf, scale, scale * torch.nan)
-        u, s, vh = torch.linalg.svd(torch.nan_to_num(matrices / scale), full_matrices=False)
-        s = s * scale
-        ctx.save_for_backward(u, s, vh)
-        ctx.band = low, high
-        outside = (s[..., :1] > high) | (s[..., -1:] < low) | s[..., :1].isnan()
-        return torch.where(outside.unsqueeze(-1), (u * s.clamp(low, high).unsqueeze(-2)) @ vh, matrices)
+        u, units, vh = torch.linalg.svd(torch.nan_to_num(matrices / scale), full_matrices=False)
+        s = units * scale
+        outside = (s[..., :1] > kept[1]) | (s[..., -1:] < kept[0]) | s[..., :1].isnan()
+        moved = torch.where(outside.unsqueeze(-1), (u * s.clamp(low, high).unsqueeze(-2)) @ vh, matrices)
+        return moved, u, units, vh, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        ctx.band, ctx.inward = inputs[1:3], inputs[4]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        u, s, vh = ctx.saved_tensors
-        low, high = ctx.band
-        f = s.clamp(low, high)
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        adjoint = _without_autocast(_BandedValues._adjoint, gradient, *ctx.saved_tensors, *ctx.band, ctx.inward)
+        return adjoint, None, None, None, None
+
+    @staticmethod
+    def _adjoint(
+        gradient: Tensor, u: Tensor, units: Tensor, vh: Tensor, scale: Tensor, low: float, high: float, inward: bool
+    ) -> Tensor:
+        unit = scale.clamp(min=high)
+        s = units * (scale / unit)
+        bottom, top = low / unit, high / unit
+        f = s.clamp(bottom, top)
         larger = torch.maximum(s.unsqueeze(-1), s.unsqueeze(-2))
         smaller = torch.minimum(s.unsqueeze(-1), s.unsqueeze(-2))
         length = larger - smaller
-        shared = larger.clamp(low, high) - smaller.clamp(low, high)
-        within = ((larger <= high) & (smaller >= low)).to(s.dtype)
+        shared = larger.clamp(bottom, top) - smaller.clamp(bottom, top)
+        within = ((larger <= top) & (smaller >= bottom)).to(s.dtype)
         differences = torch.where((length > 0) & (within == 0), shared / length, within)
-        floor = s[..., :1, None].clamp(min=low) * _SMALLEST_SUM + torch.finfo(s.dtype).tiny
+        floor = s[..., :1, None].clamp(min=bottom) * _SMALLEST_SUM + torch.finfo(s.dtype).tiny
         sums = (f.unsqueeze(-1) + f.unsqueeze(-2)) / (s.unsqueeze(-1) + s.unsqueeze(-2)).clamp(min=floor)
         if low == 0:  # S is then the share of an interval too, up to one where a sum vanishes
-            sums = torch.where(larger <= high, torch.ones_like(sums), sums)
+            sums = torch.where(larger <= top, torch.ones_like(sums), sums)
         p = u.mH @ gradient @ vh.mH
         inner = (differences + sums) / 2 * p + (differences - sums) / 2 * p.mH
+        if inward:
+            inner = inner + _positive_part(p, s > top)
+            inner = inner - _positive_part(-p, s < bottom) if low else inner
         result = u @ inner @ vh
         rows, columns = gradient.shape[-2:]
-        ratio = f / s.clamp(min=floor.squeeze(-1)) if low else torch.where(s <= high, torch.ones_like(s), high / s)
+        ratio = f / s.clamp(min=floor.squeeze(-1)) if low else torch.where(s <= top, torch.ones_like(s), top / s)
         if rows > columns:
             beside = gradient @ vh.mH - u @ p
             result = result + (beside * ratio.unsqueeze(-2)) @ vh
         elif rows < columns:
             beside = u.mH @ gradient - p @ vh
             result = result + (u * ratio.unsqueeze(-2)) @ beside
-        return result, None, None
+        return result
+
+
+def _positive_part(p: Tensor, which: Tensor) -> Tensor:
+    """The positive part of the Hermitian part of these rows and columns."""
+    mask = which.to(p.dtype)
+    # solvers raise on NaN, which the rest of a gradient shows
+    block = torch.nan_to_num((p + p.mH) / 2) * mask.unsqueeze(-1) * mask.unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(block)
+    return (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mH
+
+
+def _without_autocast(adjoint: Callable[..., Tensor], gradient: Tensor, *others: Any) -> Tensor:
+    """An adjoint, undisturbed by autocast around `backward`."""
+    return without_autocast(lambda gradient: adjoint(gradient, *others), gradient)

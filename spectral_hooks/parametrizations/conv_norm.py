@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import ConvOperator, LinearOperator, as_operator
+from ..operators import ConvOperator, KernelOperator, as_operator
 from ..operators.padding import pad
-from ..operators.symbols import half_plane, product, symbol
+from ..operators.symbols import product, symbol
 from .modules import CONV, Memory, convolution, plain, take_over
+from .stiefel import held
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
 _FLOOR = 1e-6
@@ -83,7 +84,7 @@ class ConvNorm(nn.Module):
         return f"{in_ * self.groups}, {out}, kernel_size={tuple(taps)}, {settings}"
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, dims = self.weight, self.weight.ndim - 2
+        weight, dims = self._rows(), self.weight.ndim - 2
         padding = self.padding
         if self.padding_mode != "zeros":
             padding, x = 0, pad(x, self.padding_mode, self._operator(weight).padding)
@@ -120,8 +121,16 @@ class ConvNorm(nn.Module):
                 "it has no weight to measure, to change or to make plain. It is a normalizer and bounds no norm: exclude it."
             )
         dims = self.weight.ndim - 2
-        gain = self._gain(self.weight, (1,) * dims).reshape(-1, *[1] * (dims + 1))
-        return self._operator((self.weight.to(gain.dtype) * gain).to(self.weight.dtype), input_size=input_size)
+        rows = self._rows()
+        gain = self._gain(rows, (1,) * dims).reshape(-1, *[1] * (dims + 1))
+        return self._operator((rows.to(gain.dtype) * gain).to(self.weight.dtype), input_size=input_size)
+
+    def _rows(self) -> Tensor:
+        """The weight with no entry above one, each filter by itself: no difference to the result, and nothing overflows."""
+        largest = held(self.weight).abs().flatten(1).amax(1)
+        # a filter of zeros stays one
+        unit = torch.where(largest > 0, largest, 1.0).unflatten(0, (-1, *[1] * (self.weight.ndim - 1)))
+        return self.weight / unit
 
     def _gain(self, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """`v̂` at the half of the frequencies that `rfftn` keeps, `(out, *frequencies)`.
@@ -133,7 +142,10 @@ class ConvNorm(nn.Module):
         working = torch.promote_types(weight.dtype, torch.float32)
         kernel = op.canonical().to(working if weight.device.type == "mps" else torch.float64)
         taps = tuple(kernel.shape[3:])
-        theta, counts = half_plane(tuple(2 * k - 1 for k in taps), kernel)
+        # one of each pair ±θ: half of the last axis, where all but 0 stand for two
+        halved = [*(2 * k - 1 for k in taps[:-1]), taps[-1]]
+        index = product([torch.arange(n) for n in halved], kernel)
+        theta, counts = index * (2 * pi / kernel.new_tensor([2 * k - 1 for k in taps])), 1 + (index[:, -1] > 0).to(kernel)
         rows = symbol(kernel, theta).abs().square().sum(-1).flatten(1)  # (samples, out)
         lags = product([torch.arange(-(k - 1), k) for k in taps], kernel)
         coefficients = ((lags @ theta.T).cos() * (counts / counts.sum())) @ rows
@@ -150,5 +162,5 @@ class ConvNorm(nn.Module):
 
 
 @as_operator.register
-def _(layer: ConvNorm, input_size: int | Sequence[int] | None = None) -> LinearOperator:
+def _(layer: ConvNorm, input_size: int | Sequence[int] | None = None) -> KernelOperator:
     return layer._equal(input_size)

@@ -16,9 +16,9 @@ from ..operators import ConvOperator, as_operator
 from ..operators.padding import pad
 from ..spectrum import check_finite
 from .modules import CONV, Memory, OrthogonalConv, Unstrided
-from .remove import register
+from .remove import check_assigned, register
 from .skew import _bound, modulus_one
-from .stiefel import _polished, householder, in_full_precision, origin, polar
+from .stiefel import _polished, bounded, householder, in_full_precision, lengths, origin, polar
 from .tensor_train import as_stored, by_groups
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -104,7 +104,7 @@ def group_shuffle(layer: Any, blocks: int = 8, *, fine_tune: bool = False, two_s
     if fine_tune:
         if two_sided:
             _check_blocks(blocks, inputs, "input")
-        rotated = Rotated(blocks, groups, op.transposed, outputs, inputs if two_sided else None)
+        rotated = Rotated(blocks, groups, op.transposed, tuple(op.weight.shape), two_sided)
         register(layer, rotated.to(op.weight))
         layer.parametrizations.weight.original.requires_grad_(False)  # type: ignore[union-attr]
         return layer
@@ -157,6 +157,7 @@ class GroupShuffle(nn.Module):
         return as_stored(_matrix(free), self.transposed).reshape(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
+        check_assigned(weight, self.shape)
         return _near(by_groups(weight, self.groups, self.transposed).flatten(2), self.blocks)
 
 
@@ -208,7 +209,7 @@ class GroupShuffleConv(OrthogonalConv):
     def _frame(self, mixing: Tensor) -> Tensor:
         """The corner of `Q`, `(groups, rows, columns)`: orthonormal columns, or rows where there are fewer."""
         matrix = _matrix(mixing.to(self.geometry.wide(mixing)))
-        return matrix[:, : self.geometry.rows, : self.geometry.columns]
+        return matrix[:, : self.geometry.rows, : self.geometry.columns].contiguous()
 
     def _generator(self, weight: Tensor) -> Tensor:
         """The kernel of `J`, no longer than one."""
@@ -226,7 +227,8 @@ class GroupShuffleConv(OrthogonalConv):
         mixing = _near(F.pad(kernel[middle], (0, max(-missing, 0), 0, max(missing, 0))), self.blocks)
         turned = torch.einsum("goi...,gpi->gop...", kernel, self._frame(mixing))
         parts = turned.unflatten(2, (self.blocks, -1)).unflatten(1, (self.blocks, -1)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        return (parts.flatten(0, 2) / 2).to(weight), mixing.to(weight)
+        # strides of another memory format would make the outputs take it
+        return (parts.flatten(0, 2) / 2).to(weight).contiguous(), mixing.to(weight)
 
 
 def _load_plain(layer: GroupShuffleConv, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -244,15 +246,16 @@ class Rotated(nn.Module):
 
     Args:
         blocks: as for `group_shuffle`.
-        groups, transposed: the layout of the weight.
-        outputs, inputs: channels of each group; None for sides that are not rotated.
+        groups, transposed, shape: the layout of the weight.
+        two_sided: whether the inputs are rotated too.
     """
 
-    def __init__(self, blocks: int, groups: int, transposed: bool, outputs: int, inputs: int | None) -> None:
+    def __init__(self, blocks: int, groups: int, transposed: bool, shape: tuple[int, ...], two_sided: bool) -> None:
         super().__init__()
-        self.blocks, self.groups, self.transposed = blocks, groups, transposed
+        self.blocks, self.groups, self.transposed, self.shape = blocks, groups, transposed, shape
+        outputs, inputs = by_groups(torch.empty(shape, device="meta"), groups, transposed).shape[1:3]
         self.outer = nn.Parameter(_start(blocks, groups, outputs))
-        self.inner = None if inputs is None else nn.Parameter(_start(blocks, groups, inputs))
+        self.inner = nn.Parameter(_start(blocks, groups, inputs)) if two_sided else None
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, two_sided={self.inner is not None}"
@@ -261,6 +264,7 @@ class Rotated(nn.Module):
         return self._turned(weight, back=False)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
+        check_assigned(weight, self.shape)
         return self._turned(weight, back=True)
 
     def _turned(self, weight: Tensor, back: bool) -> Tensor:
@@ -302,7 +306,8 @@ def _matrix(free: Tensor) -> Tensor:
 
 def _is_fused(free: Tensor) -> bool:
     """Whether the derivative by hand will do: the blocks divide their size, and nothing but a plain backward is asked for."""
-    if free.shape[3] % free.shape[2] or torch.compiler.is_compiling() or is_functorch_wrapped_tensor(free):
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if free.shape[3] % free.shape[2] or recorded or is_functorch_wrapped_tensor(free):
         return False
     return forward_ad.unpack_dual(free).tangent is None
 
@@ -315,7 +320,7 @@ class _Fused(torch.autograd.Function):
     """`_composed` where the `k` blocks divide their size, with a derivative by hand: of small matrices the calls are what costs.
 
     A block is `B = (I - V Uᵀ) D` with the signs `D`. Of its gradient `G` only `A = D (BᵀG - GᵀB) D` counts, since `BᵀdB` is skew,
-    and `∂f/∂V = V · below(UᵀA U) - A U`.
+    and `∂f/∂V = V · below(UᵀA U) - A U`. The lengths of the columns of `V` make no difference, so they are one.
     """
 
     @staticmethod
@@ -325,17 +330,19 @@ class _Fused(torch.autograd.Function):
         eye = torch.eye(b, dtype=free.dtype, device=free.device)
         below = torch.ones_like(eye).tril(-1)
         v = torch.addcmul(eye, x, below)
-        triangle = torch.bmm(v.mT, v).mul_(torch.add(below.mT, eye, alpha=0.5))
+        norms = lengths(v)
+        v = v / norms
+        triangle = torch.bmm(v.mT, v).mul_(below.mT).add_(eye, alpha=0.5)
         ut = torch.linalg.solve_triangular(triangle, v.mT, upper=True)
         signs = x.diagonal(dim1=1, dim2=2).lt(0).to(x.dtype).mul_(2).sub_(1)
         q = _polished(torch.baddbmm(eye, v, ut, alpha=-1)).mul_(signs.unsqueeze(1))
         columns, rows = _meeting(q.view(2, -1, b, b), k)
-        ctx.save_for_backward(free, below, v, ut, signs, q, columns, rows)
+        ctx.save_for_backward(free, below, v, norms, ut, signs, q, columns, rows)
         return _dealt_out(torch.bmm(columns, rows), k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        free, below, v, ut, signs, q, columns, rows = ctx.saved_tensors
+        free, below, v, norms, ut, signs, q, columns, rows = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             return torch.autograd.grad(_composed(free), free, grad, create_graph=True)[0]
         k, b = free.shape[2:4]
@@ -347,7 +354,7 @@ class _Fused(torch.autograd.Function):
         right.view(-1, k, k, b // k, b).transpose(1, 2).copy_(torch.bmm(columns.mT, met).view(-1, k, k, b // k, b))
         turn = torch.bmm(q.mT, at_q)
         moved = torch.bmm(turn - turn.mT, (ut * signs.unsqueeze(1)).mT).mul_(signs.unsqueeze(2))
-        return torch.baddbmm(moved, v, torch.bmm(ut, moved).mul_(below), beta=-1).mul_(below).view_as(free)
+        return torch.baddbmm(moved, v, torch.bmm(ut, moved).mul_(below), beta=-1).mul_(below).div_(norms).view_as(free)
 
 
 def _near(matrices: Tensor, blocks: int) -> Tensor:
@@ -421,13 +428,13 @@ def _shuffled(x: Tensor) -> Tensor:
 def _unshuffled(x: Tensor) -> Tensor:
     """`Pᵀ x`."""
     groups, k, b, columns = x.shape
-    return x.reshape(groups, b, k, columns).transpose(1, 2).contiguous()
+    return x.reshape(groups, b, k, columns).transpose(1, 2).reshape(x.shape)
 
 
 def _rotations(free: Tensor, size: int) -> Tensor:
     """The Cayley transforms, `(..., size, size)`, of lower triangles `(..., size (size - 1) / 2)`."""
     rows, columns = torch.tril_indices(size, size, -1, device=free.device)
     lower = free.new_zeros(*free.shape[:-1], size * size).index_copy(-1, rows * size + columns, free)
-    lower = lower.unflatten(-1, (size, size))
+    lower = bounded(lower.unflatten(-1, (size, size)))
     eye = torch.eye(size, dtype=free.dtype, device=free.device)
     return _polished(torch.linalg.inv(torch.add(eye / 2, lower.mT - lower, alpha=1 / 8)) - eye)

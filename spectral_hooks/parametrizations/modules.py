@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from ..operators import ConvOperator, LinearOperator, as_operator
+from ..operators import ConvOperator, KernelOperator, as_operator
+from ..operators.base import autocast_is_available
 from .remove import check_whole, remove_spectral, spectral_tensors
 
 Value = TypeVar("Value")
@@ -79,7 +80,7 @@ class OrthogonalConv(nn.Module):
 
 
 @as_operator.register
-def _(layer: OrthogonalConv, input_size: int | Sequence[int] | None = None) -> LinearOperator:
+def _(layer: OrthogonalConv, input_size: int | Sequence[int] | None = None) -> KernelOperator:
     return layer._operator(input_size)
 
 
@@ -201,7 +202,7 @@ class Unstrided:
         if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
             raise ValueError(f"`x` must have sizes that the stride {self.stride} divides; got {tuple(x.shape[2:])}.")
         device = x.device.type
-        autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = autocast_is_available(device) and torch.is_autocast_enabled(device)
         # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
         y = without_autocast(inner, x.to(self.wide(x)))
@@ -247,7 +248,7 @@ def plain(module: Any, weight: Tensor, **settings: Any) -> nn.Module:
 
 def without_autocast(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of a tensor, undisturbed by autocast."""
-    if not torch.amp.autocast_mode.is_autocast_available(x.device.type):
+    if not autocast_is_available(x.device.type):
         return function(x)
     with torch.autocast(x.device.type, enabled=False):
         return function(x)
@@ -264,7 +265,7 @@ class Memory:
 
     def __call__(self, module: nn.Module, weight: Tensor, make: Callable[[Tensor], Value], key: Any = None) -> Value:
         """`make(weight)`, or what that gave before for this `key`."""
-        if module.training or weight.is_meta or torch.compiler.is_compiling() or _is_differentiated(weight):
+        if module.training or is_recorded(weight) or _is_differentiated(weight):
             return make(weight)
         # By value: neither its address nor its version tells of a tensor changed through `.data`. Read once, for threads.
         seen = self._seen
@@ -279,8 +280,74 @@ class Memory:
         return seen[1][key]
 
 
+class At(torch.autograd.Function):
+    """A value in the place of a parameter, whose gradient is the parameter's."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.to(ctx.dtype), None
+
+
+def may_follow(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a parameter may be brought inside on its way into the forward: in training, and where it is itself what trains.
+
+    Not where a function of it is recorded or transformed, which is to stay one; nor under FSDP, where a forward sees a copy.
+    """
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return False
+    trained = module.training and torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
+    return (
+        trained and isinstance(weight, nn.Parameter) and not (is_recorded(weight) or _is_transformed(weight) or is_part(weight))
+    )
+
+
+def start_inside(layer: Any) -> None:
+    """Give a layer's parameter the value that its parametrization makes of it: outside it would have nowhere to go."""
+    original = layer.parametrizations.weight.original
+    if original.requires_grad and not (original.is_meta or is_part(original)) and bool(original.isfinite().all()):
+        with torch.no_grad():
+            original.copy_(layer.weight)
+
+
+def is_part(weight: Tensor) -> bool:
+    """Whether it is sharded over processes (DTensor)."""
+    return hasattr(weight, "full_tensor")
+
+
+def is_recorded(weight: Tensor) -> bool:
+    """Whether operations are recorded for later, on other values: compiled, exported, traced, or on no values at all."""
+    return weight.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def unrecorded(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """A function of a weight as a constant of what `torch.jit.trace` records."""
+    if not torch.jit.is_tracing():
+        return make(weight)
+    state = torch._C._get_tracing_state()
+    set_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
+    try:
+        return make(weight.detach())
+    finally:
+        set_state(state)
+
+
+def exported(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """A function of a weight; in an ONNX model that is traced, for which decompositions are unknown, the constant that it is."""
+    return unrecorded(make, weight) if torch.onnx.is_in_onnx_export() else make(weight)
+
+
 def _is_differentiated(weight: Tensor) -> bool:
     """Whether a function of this would be more than a value: tracked, or of a transform of `torch.func`."""
     tracked = torch.is_grad_enabled() and weight.requires_grad
-    # a batched tensor cannot be compared, and the tangent of a dual one would be lost
-    return tracked or is_functorch_wrapped_tensor(weight) or forward_ad.unpack_dual(weight).tangent is not None
+    return tracked or _is_transformed(weight)
+
+
+def _is_transformed(weight: Tensor) -> bool:
+    """Whether it stands for more than its values: a batched tensor cannot be compared, a dual one would lose its tangent."""
+    return is_functorch_wrapped_tensor(weight) or forward_ad.unpack_dual(weight).tangent is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..operators import ConvOperator, DenseOperator, as_operator
 from .block_conv import Blocks, compose, decompose
-from .remove import register
+from .remove import check_assigned, register
 from .stiefel import MAPS, in_full_precision, nearest, origin
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -19,7 +20,7 @@ _logger = logging.getLogger("spectral_hooks")
 
 
 def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
-    """Make a layer orthogonal, whatever its parameters become: all its singular values are 1.
+    """Make a layer orthogonal, whatever its parameters become, zero and 1e30 alike: all its singular values are 1.
 
     **Linear**: `WᵀW = I` for at least as many outputs as inputs, else `WWᵀ = I`; exact up to rounding. It starts at the nearest
     orthogonal matrix, the polar factor of the present weight.
@@ -28,7 +29,8 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
     kernel size, stride, dilation, number of groups and of channels.
 
     - On the lattice and with circular padding (as wide as the kernel needs, sizes that the strides divide): orthogonal, exact up
-      to rounding. Inputs that a stride beyond the kernel never reads count for nothing.
+      to rounding. Inputs that a stride beyond the kernel never reads count for nothing: where the others are fewer than the
+      outputs no kernel is orthogonal, and singular values are 1 on what is read and 0 on the rest; a warning is logged.
     - With zero padding, any amount: norm at most 1, but **not** orthogonal: the border loses some of the signal.
     - It starts close to a local optimum of the distance to the present kernel, found by optimizing one factor after the other.
     - Depthwise with as many outputs as inputs, stride 1: only ± a shift is orthogonal, so there is nothing left to train; a
@@ -86,6 +88,13 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
         blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
         if all(shape[-2:] == (1, 1) for shape in blocks.shapes.values()):
             _logger.warning("orthogonal: with one channel in and out of each group only ± a shift is left, and nothing to train")
+        read, of = blocks.columns * prod(blocks.strides), blocks.columns * prod(op.stride)
+        if read < min(blocks.rows, of):
+            verb, side = ("reaches", "outputs") if op.transposed else ("reads", "inputs")
+            _logger.warning(
+                f"orthogonal: a kernel of {blocks.taps} taps with stride {op.stride} and dilation {op.dilation} {verb} {read} of "
+                f"every {of} {side}, so none is orthogonal: singular values are 1 on these, and 0 on the other {side}"
+            )
         return register(layer, OrthogonalKernel(blocks, map, like=op.weight))
     if isinstance(op, DenseOperator):
         return register(layer, Orthogonal(op.weight.shape, map, like=op.weight))
@@ -105,6 +114,7 @@ class Orthogonal(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], map: str, like: Tensor) -> None:
         super().__init__()
+        self.shape = tuple(shape)
         self.wide = shape[-2] < shape[-1]
         self.map = map
         self.distance = 0.0
@@ -122,6 +132,7 @@ class Orthogonal(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
+        check_assigned(weight, self.shape)
         _check_finite(weight)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         frame = nearest(wide)
@@ -166,6 +177,8 @@ class OrthogonalKernel(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        blocks = self.blocks
+        check_assigned(weight, (blocks.groups * blocks.rows, blocks.columns, *blocks.taps))
         _check_finite(weight)
         found = decompose(self.blocks, weight)
         self.distance = _report(compose(self.blocks, found), weight)
@@ -182,7 +195,9 @@ def _report(taken: Tensor, given: Tensor) -> float:
     """The relative distance, logged."""
     if given.is_meta:
         return float("nan")
-    scale = float(given.to(taken).norm())
-    distance = float((taken - given.to(taken)).norm()) / scale if scale else float("inf")
+    # in a unit in which no square overflows, or vanishes
+    unit = float(given.abs().amax()) if given.numel() else 0.0
+    given, taken = given.to(taken) / (unit or 1.0), taken / (unit or 1.0)
+    distance = float((taken - given).norm() / given.norm()) if unit else float("inf")
     _logger.info("orthogonal: a weight of shape %s was moved by %.2g of its norm", tuple(given.shape), distance)
     return distance

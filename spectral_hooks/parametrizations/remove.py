@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..operators import as_operator
@@ -149,6 +149,18 @@ def check_whole(where: str, layer: nn.Module, remedy: str = "parametrize it befo
     sharded = any(hasattr(parameter, "full_tensor") for parameter in layer.parameters())
     if sharded or any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__):
         raise ValueError(f"the parameters of {where} are sharded over processes (DTensor); {remedy}")
+
+
+def check_assigned(weight: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what cannot become a weight of this shape, before anything is made of it."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"the weight that is assigned or loaded must be a floating-point tensor; got {kind}.")
+    if weight.shape != shape:
+        raise ValueError(
+            f"the weight that is assigned or loaded must have the shape {tuple(shape)} of the layer's; got "
+            f"{tuple(weight.shape)}. The layer is left as it is."
+        )
 
 
 def _bake(layer: nn.Module, name: str) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import cos, inf, pi, prod, sqrt
-from typing import TypeVar
+from math import cos, inf, log2, pi, prod, sqrt
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..bounds import Bound
 from ..operators import as_operator
-from ..operators.base import LinearOperator
+from ..operators.base import KernelOperator, full_precision
 from ..operators.symbols import product, symbol
 from ..projections import check_max_norm
-from .modules import Memory
+from .modules import At, Memory, exported, may_follow, start_inside, without_autocast
 from .remove import register
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -30,6 +30,8 @@ _SMALL = 64
 _MARGINS = (1e-6, 2e-3, 0.1)
 #: Krylov steps for that estimate.
 _STEPS = 24
+#: A parameter of more than so many bounds is brought back in training.
+_FAR = 2.0
 #: Keeps a zero weight from being divided by its norm.
 _TINY = 1e-300
 
@@ -42,8 +44,13 @@ def rescaled(
         weight = W · min(1, c / bound(W)),   bound(W) ≥ ‖A(W)‖₂,
 
     registered by `torch.nn.utils.parametrize`: `layer.parametrizations.weight.original` is `W`, the same parameter object as
-    before, and gradients flow through the bound as well. Guaranteed (certified) for the lattice operator, so at every input
-    size; for the stored dtype too: in half precision the bound is raised by what rounding may add.
+    before. Guaranteed (certified) for the lattice operator, so at every input size; for the stored dtype too: in half precision
+    the bound is raised by what rounding may add.
+
+    Gradients flow through the bound, but for one thing: where a descent would shorten the weight, the derivative of the scale is
+    left out, since through it the length of `W` has none, and nothing outside would find back. So training ends where
+    the loss has no descent inside the ball. `W` starts inside; a training forward that finds it beyond twice the bound puts the
+    layer's weight in its place (not in compiled graphs, under `torch.func` and FSDP, where gradients alone lead back).
 
     Args:
         layer: a linear or convolutional layer, changed in place. One that is rescaled already is given the new bound.
@@ -59,9 +66,12 @@ def rescaled(
     Cost: the bound in every training forward; none in evaluation without gradients while `W` stays the same, but for the
     comparison of `W` with a copy of it.
 
+    Traced by `torch.jit.trace` or exported by `torch.export` it stays a function of `W`. For ONNX export a plain copy,
+    `sh.remove_spectral(copy.deepcopy(model))`.
+
     Raises:
-        ValueError: `max_norm` is no positive number; the padding needs an `input_size`; the weight is pruned or carries a
-            parametrization from elsewhere.
+        ValueError: `max_norm` is no positive number; `bound` falls below the norm of a row or a column of ones; the padding needs
+            an `input_size`; the weight is pruned or carries a parametrization from elsewhere.
         TypeError, NotImplementedError: as `as_operator`.
 
     Example:
@@ -77,14 +87,46 @@ def rescaled(
     check_max_norm(max_norm)
     if bound is not None and not callable(bound):
         raise TypeError(f"`bound` must be a function of an operator, as those of sh.bounds; got {bound!r}.")
+    op = bounded(layer, input_size)
+    if bound is not None:
+        _check_is_bound(bound, op)
+    register(layer, Rescaled(op, max_norm, bound or quick))
+    start_inside(layer)
+    return layer
+
+
+def bounded(layer: nn.Module, input_size: int | Sequence[int] | None) -> KernelOperator:
+    """The layer's operator on the lattice, or at the size without which it has no bound."""
     op = as_operator(layer)
     try:
-        op.lattice_factor  # noqa: B018 (asked for its error: what has no bound without an input size)
+        op.lattice_factor  # noqa: B018 (asked for its error)
     except ValueError:
         if input_size is None:
             raise
         op = as_operator(layer, input_size)
-    return register(layer, Rescaled(op, max_norm, bound or quick))
+    return op
+
+
+@torch.no_grad()
+def _check_is_bound(bound: Bound, op: KernelOperator) -> None:
+    """Refuse what falls below the norm of a single row of ones, or of a column of another size."""
+    if op.weight.is_meta:
+        return
+    kernel = torch.zeros_like(op.canonical())
+    row, column = (torch.zeros_like(kernel).reshape(*kernel.shape[:3], -1) for _ in range(2))
+    # what is dropped by from_canonical are taps that the weight does not have; the first is always there
+    row[0, 0, :, 0] = 1
+    column[0, :, 0, 0] = 4
+    for probe in (row, column):
+        weight = op.from_canonical(probe.reshape(kernel.shape))
+        norm = float(torch.linalg.vector_norm(weight.float()))
+        value = float(bound(op.with_weight(weight)))
+        if not value >= norm * (1 - 1e-6):
+            raise ValueError(
+                "`bound` must never fall below the spectral norm, as those of sh.bounds for the default `ord` (and without "
+                f"padding, which is a factor that each of them applies); got {bound!r}, which gives {value:.4g} for a weight of "
+                f"norm {norm:.4g}."
+            )
 
 
 class Rescaled(nn.Module):
@@ -95,7 +137,7 @@ class Rescaled(nn.Module):
         max_norm, bound: as for `rescaled`.
     """
 
-    def __init__(self, op: LinearOperator, max_norm: float, bound: Bound) -> None:
+    def __init__(self, op: KernelOperator, max_norm: float, bound: Bound) -> None:
         super().__init__()
         self.op = op.with_weight(torch.empty_like(op.weight, device="meta", requires_grad=False))
         self.max_norm = max_norm
@@ -106,32 +148,128 @@ class Rescaled(nn.Module):
         return f"max_norm={self.max_norm}"
 
     def forward(self, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.to(wide) * self._memory(self, weight, self._scale).to(wide)).to(weight.dtype)
+        made = self._followed if may_follow(self, weight) else self._rescaled
+        return exported(lambda weight: without_autocast(made, weight), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         # the parameter would share the storage of what is assigned
         return weight.clone()
 
-    def _scale(self, weight: Tensor) -> Tensor:
-        """`min(1, c / bound)`."""
+    def _rescaled(self, weight: Tensor) -> Tensor:
+        return _scaled(weight, *self._memory(self, weight, self._factors))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`a`, a power of two, and `b` with `a b = min(1, c / bound(W))`, a number that the weight's dtype may not have."""
+        unit = unit_scale(weight)
+        size, rounding = self._size(_wide(weight) * unit.to(_wide(weight)), weight.dtype)
+        level = self.max_norm * unit
+        inside = size <= level
+        # within rounding of the sphere it is one already, with its derivative; a small one is not to be divided by
+        size = size.clamp(min=level / 2)
+        gain = _outward(torch.where(inside, size.detach(), self._room(weight.dtype)) / size)
+        return torch.where(inside, 1.0, unit), torch.where(size < level - 2 * rounding, 1.0, gain)
+
+    def _followed(self, weight: Tensor) -> Tensor:
+        """The same, and a parameter that is far outside becomes what is made of it, with the gradient there.
+
+        Not one that is near: to shorten it after every step would shorten what is inside too, where several singular values meet.
+        The derivative of a norm does not depend on the length, so the norm found before gives that after.
+        """
+        unit = unit_scale(weight)
+        size, rounding = self._size(At.apply(weight, _wide(weight.detach()) * unit.to(_wide(weight))), weight.dtype)
+        found, level, room = size.detach(), self.max_norm * unit, self._room(weight.dtype)
+        # what is not finite is not, and stays as it is, for its owner to see
+        far, inside = found > _FAR * level, found <= level
+        value = _scaled(weight.detach(), torch.where(far, unit, 1.0), torch.where(far, room / found, 1.0))
+        # behind the back of autograd, since an earlier forward may still need the weight, whose values it leaves as they are
+        weight.data.copy_(value)
+        norm = torch.where(far, self.max_norm, found) + torch.where(far, 1.0, unit) * (size - found)
+        gain = _outward(
+            torch.where(far, self.max_norm, torch.where(inside, found, room)) / norm.clamp(min=torch.where(far, 0.0, level / 2))
+        )
+        gain = torch.where(found < level - 2 * rounding, 1.0, gain)
+        return _scaled(At.apply(weight, value), torch.where(far | inside, 1.0, unit), gain)
+
+    def _size(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The bound for a weight with what rounding to a dtype may add, and that."""
         op = self.op.with_weight(weight)
-        return (self.max_norm / (self.bound(op) + _rounding(op)).clamp(min=self.max_norm)).clamp(max=1.0)
+        rounding = _rounding(op, dtype)
+        return self.bound(op) + rounding, rounding
+
+    def _room(self, dtype: torch.dtype) -> float:
+        """`c`, without what the spacing of numbers about zero can add."""
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+        kernel = self.op.canonical()
+        return max(self.max_norm - least * sqrt(prod(kernel.shape[1:]) * prod(kernel.shape[3:])) * self.op.padding_factor, 0.0)
 
 
-def _rounding(op: LinearOperator) -> Tensor:
-    """What rounding the entries of the scaled weight can add to its norm: `‖E‖₂ ≤ √taps ‖E‖_F`, group by group."""
+class _Outward(torch.autograd.Function):
+    """A scale below one whose gradient reaches the weight only where a descent enlarges the scale.
+
+    `W c / ‖W‖` does not change with the length of `W`, so its derivative never shortens `W`, and what has come to the sphere
+    would stay there. Without the derivative of the scale the gradient is that of the layer's weight, scaled, and leads inside.
+    With `G` the loss's gradient in the layer's weight `V` this is `G - min(⟨G, V⟩, 0) ∇‖V‖ / c`, which is zero on the sphere just
+    where `-G` is a normal of the ball: the condition of a minimum.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scale: Tensor) -> Tensor:
+        return scale.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.clamp(max=0)
+
+
+class _OutwardBothWays(_Outward):
+    """The same with a tangent, which is exact; compilers refuse what has one."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return tangent.clone()
+
+
+def _outward(scale: Tensor) -> Tensor:
+    return (_Outward if torch.compiler.is_compiling() else _OutwardBothWays).apply(scale)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """In float32 at least."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def unit_scale(weight: Tensor) -> Tensor:
+    """The power of two that takes the largest entry to [1, 2), or as near as it can itself be a number of the dtype."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    largest = torch.linalg.vector_norm(weight.detach(), inf).to(_result_dtype(weight))
+    most = -log2(torch.finfo(wide).smallest_normal)
+    return largest.log2().floor().clamp(-most, most).neg().exp2()
+
+
+def _scaled(weight: Tensor, unit: Tensor, gain: Tensor) -> Tensor:
+    wide = _wide(weight)
+    return (wide * unit.to(wide) * gain.to(wide)).to(weight.dtype)
+
+
+def _rounding(op: KernelOperator, dtype: torch.dtype) -> Tensor:
+    """What rounding the entries of the scaled weight to a dtype can add to its norm: `‖E‖₂ ≤ √taps ‖E‖_F`, group by group."""
     kernel = op.canonical().detach()
-    wide = torch.promote_types(kernel.dtype, torch.float32)
-    unit = torch.finfo(kernel.dtype).eps / 2 + torch.finfo(wide).eps
-    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1, dtype=torch.float64).amax()
+    unit = torch.finfo(dtype).eps / 2 + torch.finfo(kernel.dtype).eps
+    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1, dtype=_result_dtype(kernel)).amax()
     return largest * (unit * sqrt(prod(kernel.shape[3:])) * op.padding_factor)
 
 
 # -- the default bound ------------------------------------------------------------------------------------------------------
 
 
-def quick(op: LinearOperator) -> Tensor:
+@full_precision
+def quick(op: KernelOperator) -> Tensor:
     """The tightest bound for a small share of the layer's own cost, in tensor operations only.
 
     - A matrix, and a kernel that is one (a single tap after the polyphase form): the norm itself.

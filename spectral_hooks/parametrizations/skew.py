@@ -7,13 +7,13 @@ from math import asinh, cosh, pi, prod, sin, sinh, sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..operators import ConvOperator
 from ..operators.padding import pad
 from ..operators.symbols import half_plane, symbol
 from .modules import CONV, OrthogonalConv
 from .rescaled import _grid, _result_dtype, quick
+from .stiefel import held
 
 #: How far, below one, the squared modulus of the polynomial may fall.
 _RIPPLE = 6e-6
@@ -21,8 +21,8 @@ _RIPPLE = 6e-6
 _HIGHEST_DEGREE = 8
 #: Squarings of a symbol before its length is taken: with `n` rows at most `n^(1/64)` times the norm, 1.07 for 64.
 _SQUARINGS = 5
-#: Singular values below this share of the largest one count as this in a derivative by them.
-_SMALLEST = 1e-4
+#: Singular values below this share of the largest one count as this in a derivative by them; where even that is tiny, as one.
+_SMALLEST, _TINY = 1e-4, 1e-12
 
 
 def skew(layer: nn.modules.conv._ConvNd, *, degree: int = 4) -> SkewConv:
@@ -159,13 +159,13 @@ def nearest(x: Tensor) -> Tensor:
     """`UVᵀ` of `x = UΣVᵀ`, batches of tall or wide matrices. Its derivative is finite everywhere, also where it has none."""
     if x.shape[-2] < x.shape[-1]:
         return nearest(x.mT).mT
-    fixed = forward_ad.unpack_dual(x).primal.detach()
+    fixed = held(x)
     with torch.no_grad():
         wide = fixed if x.device.type == "mps" else fixed.double()
         # solvers raise on NaN, which the skew part shows
         u, s, vh = torch.linalg.svd(torch.nan_to_num(wide), full_matrices=False)
         u, s, vh, result = (part.to(x.dtype) for part in (u, s, vh, u @ vh))
-        floor = torch.where(s[..., :1] > 0, s[..., :1] * _SMALLEST, 1.0)
+        floor = torch.where(s[..., :1] > _TINY, s[..., :1] * _SMALLEST, 1.0)
     # zero, with the derivative of x
     change = x - fixed
     right = change @ vh.mT

@@ -1,12 +1,12 @@
 """Maps from free tensors to orthonormal columns: the Stiefel manifold `{Q : p × q, QᵀQ = I}`, `p ≥ q`.
 
-Each map takes a real tensor `(*batch, p, q)` to one of the same shape with orthonormal columns, exact up to rounding,
-differentiable, without a look at any value (so it compiles), at a cost of `O(p q²)`. Half precision is computed in float32 and
-cast at the end; autocast does not reach inside.
+Each map takes a real tensor `(*batch, p, q)` to one of the same shape with orthonormal columns, exact up to rounding for every
+finite tensor, zero and 1e30 alike, with a finite derivative, without a look at any value (so it compiles), at a cost of
+`O(p q²)`. Half precision is computed in float32 and cast at the end; autocast does not reach inside.
 
 `cayley` and `exponential` start from a frame `base`, by default the first `q` columns of the identity: zero is mapped to it, and
-there the derivative is the projection on the tangent space. They reach every frame near it. `qr` and `householder` reach every
-frame. `origin` gives what maps to a given frame, for each of them.
+there the derivative is the projection on the tangent space. They reach every frame near it, and take long tensors `bounded`.
+`qr` and `householder` reach every frame. `origin` gives what maps to a given frame, for each of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..operators.base import autocast_is_available
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+#: Up to this length a tensor is taken as it is, and none as more than twice as long. The matrix that `cayley` inverts then has a
+#: norm of at most 8,300: in float32 an error of up to 5e-3 is left to polish, which takes it to some 2e-7.
+FAR = 128.0
 
 
 def in_full_precision(function: F) -> F:
@@ -28,12 +35,39 @@ def in_full_precision(function: F) -> F:
     def wrapped(x: Tensor, *others: Tensor | None) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = [t if t is None else t.to(wide) for t in (x, *others)]
-        if not torch.amp.autocast_mode.is_autocast_available(x.device.type):
+        if not autocast_is_available(x.device.type):
             return function(*inputs).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return function(*inputs).to(x.dtype)
 
     return cast(F, wrapped)
+
+
+def held(x: Tensor) -> Tensor:
+    """The values alone, that no derivative goes through, neither backward nor forward."""
+    # `detach` keeps the tangent of a dual tensor; the compiler knows none
+    return x.detach() if torch.compiler.is_compiling() else forward_ad.unpack_dual(x).primal.detach()
+
+
+def bounded(x: Tensor, most: float = FAR) -> Tensor:
+    """Matrices as they are where they are short, and in the same direction but no longer than `2 most` where they are not.
+
+        x ↦ t (2 - t) x,   t = min(1, most / r),   r = ‖xᵀx‖_F^½ ≥ ‖x‖₂
+
+    So the length becomes `most (2 - most / r) < 2 most`: one-to-one, with a continuous derivative that is nowhere zero, and
+    the identity, bit for bit, for `r ≤ most`. `r` exceeds the norm by no more than `q^¼`. Nothing overflows.
+
+    Args:
+        x: `(*batch, p, q)`, finite; `p ≥ q` is cheaper.
+        most: the length up to which nothing changes.
+    """
+    # in a unit of length in which no square overflows; what it is makes no difference to the result
+    unit = (held(x).abs().amax((-2, -1), keepdim=True) / most).clamp(min=1)
+    y = x / unit
+    gram = torch.linalg.vector_norm(y.mH @ y, dim=(-2, -1), keepdim=True)
+    # clamped before the root, which has no derivative at zero
+    t = most / gram.clamp(min=(most / unit).square()).sqrt()  # times the unit
+    return y * (t * (2 - t / unit))
 
 
 @in_full_precision
@@ -43,7 +77,9 @@ def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
         Q = (Y + V/2) B⁻¹ - Y,   B = I/2 - (U - Uᵀ)/8 + VᵀV/8,   U = Yᵀx,  V = x - YU,
 
     which is `(I - L/2)⁻¹ (I + L/2) Y` for the skew `p × p` matrix `L` with `L Y = V + Y (U - Uᵀ) / 2`. Square: `V` is zero and
-    `x` is taken in the coordinates of `Y`, `U = x`. One `q × q` system, whose matrix has no singular value below 1/2.
+    `x` is taken in the coordinates of `Y`, `U = x`. One `q × q` system, whose matrix has no singular value below 1/2. Since
+    `QᵀQ - I = X (BX - I) + its transpose` for `X` in place of `B⁻¹`, rounding takes from orthogonality what it takes from the
+    solution of that system, `ε ‖B‖`, and `x` is `bounded` for that.
 
     Args:
         x: free, `(*batch, p, q)`, `p ≥ q`.
@@ -63,6 +99,7 @@ def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
     Source: Cayley (1846); on the Stiefel manifold Wen and Yin (2013).
     """
     p, q = x.shape[-2:]
+    x = bounded(x)
     eye = torch.eye(q, dtype=x.dtype, device=x.device)
     if p == q:
         base = _identity(x) if base is None else base
@@ -89,12 +126,12 @@ def exponential(x: Tensor, base: Tensor | None = None) -> Tensor:
         base: `Y`, orthonormal columns of the same shape; by default those of the identity.
 
     Returns:
-        Orthonormal columns, of the shape and dtype of `x`; exact up to rounding, which grows with `‖x‖`. Square: all with the
-        determinant of `Y`.
+        Orthonormal columns, of the shape and dtype of `x`; exact up to rounding. Square: all with the determinant of `Y`.
 
     Source: Edelman, Arias and Smith (1998).
     """
     p, q = x.shape[-2:]
+    x = bounded(x)
     base = _identity(x) if base is None else base
     if p == q:
         return _polished(base @ torch.linalg.matrix_exp((x - x.mT) / 2))
@@ -115,22 +152,37 @@ def qr(x: Tensor) -> Tensor:
     """`Q` of `x = QR` with a positive diagonal of `R`: Gram-Schmidt.
 
     Args:
-        x: free, `(*batch, p, q)`, `p ≥ q`. Where the columns depend on each other there is no derivative.
+        x: free, `(*batch, p, q)`, `p ≥ q`.
 
     Returns:
         Orthonormal columns, of the shape and dtype of `x`. Exact up to rounding. A frame is mapped to itself, so all are reached.
+        Where the columns depend on each other there is no derivative; `R` is divided by as if its singular values `σ` were
+        `√(σ² + δ²)`, with `δ²` the rounding relative to entries above 1.
     """
-    q, r = torch.linalg.qr(x)
-    return q * _signs(r).unsqueeze(-2)
+    fixed = held(x)
+    with torch.no_grad():
+        unit = fixed.abs().amax((-2, -1), keepdim=True).clamp(min=1)
+        q, r = torch.linalg.qr(fixed / unit)
+        # a triangle whose singular values are √(σ² + δ²), with δ² the rounding
+        delta = torch.finfo(x.dtype).eps ** 0.5 * torch.eye(r.shape[-1]).to(r)
+        _, apart = torch.linalg.qr(torch.cat([r * _signs(r).unsqueeze(-1), delta.expand_as(r)], -2))
+        apart = apart * _signs(apart).unsqueeze(-1)
+        step = torch.linalg.solve_triangular(apart, torch.eye(r.shape[-1]).to(r), upper=True) / unit
+        q = q * _signs(r).unsqueeze(-2)
+    # the same Q for x R⁻¹, whose own triangle is the identity: derivatives of every order have nothing small to divide by
+    frame, triangle = torch.linalg.qr(q + (x - fixed) @ step)
+    return _polished(frame) * _signs(triangle).unsqueeze(-2)
 
 
 @in_full_precision
 def householder(x: Tensor) -> Tensor:
     """The product of `q` reflections: `Q = (I - V T Vᵀ)[:, :q] D`.
 
-    `V` is `x` below the diagonal with ones on it, `T⁻¹` the upper triangle of `VᵀV` with half of its diagonal, and `D` minus the
-    signs of the diagonal of `x` (zero counts as positive), so that zero is mapped to columns of the identity. The upper triangle
-    is not used.
+    `V` is `x` below the diagonal with ones on it, each column then divided by its length, `T⁻¹` the upper triangle of `VᵀV` with
+    half of its diagonal, and `D` minus the signs of the diagonal of `x` (zero counts as positive), so that zero is mapped to
+    columns of the identity. The upper triangle is not used.
+
+    An entry of `T` is `4 vᵢᵀ H … H vⱼ` with reflections `H` in between, so at most 4: no `x` makes the system ill-conditioned.
 
     Args:
         x: free, `(*batch, p, q)`, `p ≥ q`.
@@ -142,8 +194,9 @@ def householder(x: Tensor) -> Tensor:
     """
     q = x.shape[-1]
     v = x.tril(-1) + _identity(x)
+    v = v / lengths(v)
     gram = v.mT @ v
-    t = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    t = gram.triu(1) + torch.eye(q, dtype=x.dtype, device=x.device) / 2
     product = _identity(x) - v @ torch.linalg.solve_triangular(t, v[..., :q, :].mT, upper=True)
     return _polished(product) * -_signs(x).unsqueeze(-2)
 
@@ -209,13 +262,19 @@ def nearest(x: Tensor) -> Tensor:
     return polar(x) if x.shape[-2] >= x.shape[-1] else polar(x.mT).mT
 
 
+def lengths(v: Tensor) -> Tensor:
+    """Of the columns of a matrix with an entry of one in each, `(*batch, 1, q)`; no square overflows."""
+    largest = held(v).abs().amax(-2, keepdim=True)
+    return torch.linalg.vector_norm(v / largest, dim=-2, keepdim=True) * largest
+
+
 def _polished(q: Tensor) -> Tensor:
-    """One Newton step towards `QᵀQ = I`, held constant in the derivative: squares an error that grows with the map's
-    condition."""
+    """`Q (I + E)^(-1/2)` for `QᵀQ = I + E`, up to its third order, held constant in the derivative: takes an error that grows
+    with the map's condition to some of its cube."""
     with torch.no_grad():
-        error = q.mT @ q
+        error = q.mH @ q
         error.diagonal(dim1=-2, dim2=-1).sub_(1)
-        correction = q @ error
+        correction = q @ torch.sub(error, error @ error, alpha=0.75)
     return torch.sub(q, correction, alpha=0.5)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import ConvOperator, DenseOperator, LinearOperator, as_operator
+from ..operators import ConvOperator, DenseOperator, KernelOperator, as_operator
 from ..spectrum import check_finite
 from .remove import check_whole
 from .stiefel import cayley, in_full_precision, inverse_cayley
@@ -251,7 +251,7 @@ class TensorTrain(nn.Module):
 
 
 @as_operator.register
-def _core(layer: TensorTrain, input_size: int | Sequence[int] | None = None) -> LinearOperator:
+def _core(layer: TensorTrain, input_size: int | Sequence[int] | None = None) -> KernelOperator:
     """The core's: with frames around it the non-zero singular values are the same."""
     if not layer.dims:
         return DenseOperator(layer.weight)

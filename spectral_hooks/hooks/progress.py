@@ -1,0 +1,31 @@
+"""A progress bar for what turns out to take long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+try:
+    from tqdm.auto import tqdm
+except ModuleNotFoundError:
+    tqdm = None
+
+Item = TypeVar("Item")
+
+#: Seconds of silence.
+_DELAY = 2.0
+
+
+def shown(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """The items, with a bar once going through them has taken two seconds, if tqdm is installed.
+
+    Only the first process of torch.distributed shows it. `TQDM_DISABLE=1`, or the logger `spectral_hooks` set above WARNING, turn
+    it off.
+    """
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    if tqdm is None or not first or not logging.getLogger("spectral_hooks").isEnabledFor(logging.WARNING):
+        return items
+    return tqdm(items, desc=description, delay=_DELAY, leave=False)
