@@ -67,8 +67,15 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     if isinstance(op, KernelOperator):
         if op.weight.numel() == 0:  # no inputs or no outputs
             return op.weight.new_zeros(0)
-        if op.frequency_grid is not None:
-            return _on_grid(op, op.frequency_grid, count)[:k]
+        # a power of two, so that no sum of large entries overflows
+        _, scale = normalized(op.weight.detach())
+        return _all_or_largest(op.with_weight(op.weight / scale), k, count) * scale
+    return _all_or_largest(op, k, count)
+
+
+def _all_or_largest(op: LinearOperator, k: int | None, count: int) -> Tensor:
+    if isinstance(op, KernelOperator) and op.frequency_grid is not None:
+        return _on_grid(op, op.frequency_grid, count)[:k]
     entries = prod(op.in_shape) * prod(op.out_shape)
     if k is not None and entries > _SMALL_ENTRIES and 4 * k < count:
         return largest(op, k).values
