@@ -662,7 +662,7 @@ def rotation_keeps_the_spectrum(rng: Rng) -> Margin:
         if parameter.requires_grad:
             parameter.data = attacks.stored(attacks.values(rng, tuple(parameter.shape)), 10.0**power, dtype)
     after = observers.singular_values(layer.weight)
-    off = float(np.abs(after - before).max() / before[0])
+    off = float(np.abs(after - before).max() / (before[0] or 1.0))
     return Margin(off - _orthogonal_rounding(dtype), f"{about} scale 1e{power:.2f}: off by {off}")
 
 
