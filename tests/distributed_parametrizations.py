@@ -61,14 +61,15 @@ def inputs(name: str, step: int) -> Tensor:
     return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(step))
 
 
-def train(model: nn.Module, name: str, rank: int = 0, processes: int = 1) -> None:
-    """Some steps, every process on samples of its own, towards targets far from the start."""
+def train(model: nn.Module, name: str, rank: int = 0, processes: int = 1, parts: int = 1) -> None:
+    """Some steps, every process on samples of its own, in so many parts, towards targets far from the start."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.5)
     for step in range(STEPS):
         x = inputs(name, step)[rank::processes]
         target = x.flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
         optimizer.zero_grad()
-        (model(x) - target).square().mean().backward()
+        for part in range(parts):
+            ((model(x[part::parts]) - target[part::parts]).square().mean() / parts).backward()
         optimizer.step()
 
 

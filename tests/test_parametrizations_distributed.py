@@ -34,11 +34,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 
 def alone(name: str, kind: str) -> nn.Module:
-    """Trained in one process on the whole batches; as shards, which a forward cannot write to, by gradients alone."""
-    layer = made(name)
+    """Trained in one process on the whole batches.
+
+    Bounded weights as shards, which a forward cannot write to: by gradients alone, of which each part's leads back for itself.
+    """
+    layer, parts = made(name), 1
     if kind == "shards" and name.startswith(("rescaled", "clipped", "banded")):
         layer.parametrizations.eval()
-    distributed.train(layer, name)
+        parts = distributed.PROCESSES
+    distributed.train(layer, name, parts=parts)
     return layer.eval()
 
 

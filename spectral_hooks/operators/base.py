@@ -136,11 +136,6 @@ class KernelOperator(LinearOperator):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def autocast_is_available(device: str) -> bool:
-    """Whether a type of device has autocast: not "meta", for example. Older versions of torch cannot trace the question."""
-    return device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
-
-
 def full_precision(function: F) -> F:
     """Run a function of an operator, or of several, without autocast, which would take float32 products in half precision."""
 
@@ -155,9 +150,16 @@ def full_precision(function: F) -> F:
             with torch.autocast(left[0], enabled=False):
                 return run(left[1:])
 
-        return run([device for device in devices if autocast_is_available(device)])
+        return run([device for device in devices if is_autocast(device)])
 
     return cast(F, wrapped)
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    # older compilers cannot trace the question whether a type of device has autocast
+    available = device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 def float32_is_kept() -> bool:

@@ -60,7 +60,8 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
     In training the parameter follows: a forward that finds `W` outside puts the clip in its place, and the gradient is that of
     the layer's weight (projected gradient descent, as with `SpectralClip`). Elsewhere (evaluation, frozen weights, `torch.func`,
     FSDP, compiled matrices) `W` stays, and the gradient is that of the clip and of the bound, finite where singular values
-    coincide, and of a matrix's clip with the part added that leads inside, which the derivative itself has not.
+    coincide, and of a matrix's clip with the part of each backward's gradient added that leads inside, which the derivative
+    itself has not.
 
     Args:
         layer: a linear or convolutional layer, changed in place.

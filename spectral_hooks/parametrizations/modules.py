@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from ..operators import ConvOperator, KernelOperator, as_operator
-from ..operators.base import autocast_is_available
+from ..operators.base import is_autocast
 from .remove import check_whole, remove_spectral, spectral_tensors
 
 Value = TypeVar("Value")
@@ -202,7 +202,7 @@ class Unstrided:
         if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
             raise ValueError(f"`x` must have sizes that the stride {self.stride} divides; got {tuple(x.shape[2:])}.")
         device = x.device.type
-        autocast = autocast_is_available(device) and torch.is_autocast_enabled(device)
+        autocast = is_autocast(device)
         # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
         y = without_autocast(inner, x.to(self.wide(x)))
@@ -248,7 +248,7 @@ def plain(module: Any, weight: Tensor, **settings: Any) -> nn.Module:
 
 def without_autocast(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of a tensor, undisturbed by autocast."""
-    if not autocast_is_available(x.device.type):
+    if not is_autocast(x.device.type):
         return function(x)
     with torch.autocast(x.device.type, enabled=False):
         return function(x)

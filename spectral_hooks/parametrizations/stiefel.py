@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..operators.base import autocast_is_available
+from ..operators.base import is_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,7 +35,7 @@ def in_full_precision(function: F) -> F:
     def wrapped(x: Tensor, *others: Tensor | None) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = [t if t is None else t.to(wide) for t in (x, *others)]
-        if not autocast_is_available(x.device.type):
+        if not is_autocast(x.device.type):
             return function(*inputs).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return function(*inputs).to(x.dtype)
