@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, product
 
 import torch
@@ -200,3 +201,17 @@ MATRICES = [(1, 1), (1, 5), (5, 1), (4, 4), (3, 7), (7, 3)]
 def resized(case: Case, size: tuple[int, ...]) -> Case:
     """The same layer at another input size."""
     return replace(case, size=size)
+
+
+@cache
+def traces_copies() -> bool:
+    """Whether this torch can trace `copy.copy`, and so an operator with another weight, in one graph: 2.5 and 2.6 break there."""
+    try:
+        torch.compile(lambda x: copy.copy(_Holder()).one * x, fullgraph=True, backend="eager")(torch.ones(1))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
+class _Holder:
+    one = 1.0

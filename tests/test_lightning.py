@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+import warnings
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -335,6 +337,17 @@ def test_a_fit_without_steps_is_no_error() -> None:
     fit(Module(), SpectralClip(1.0), max_epochs=0)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_compiled_module(precision) -> None:
+    """Compiled as a whole: names are those of the plain model, and the weights are its own."""
+    torch._dynamo.reset()
+    model, clip = Module(), SpectralClip(1.0, exclude="net.6")
+    _, watch = fit(torch.compile(model, backend="aot_eager"), clip, precision=precision, max_epochs=1)
+    assert len(watch.norms) == 4
+    assert max(sampled_norm(model.net[i]) for i in (0, 3)) <= 1 + TOLERANCE
+    assert clip.skipped["net.6"] == "excluded"
+
+
 # -- callbacks that change weights too --------------------------------------------------------------------------------------
 
 
@@ -444,6 +457,25 @@ def test_resumed_run_equals_an_uninterrupted_one(every, epochs_of, log, tmp_path
     assert clip.hook.step == 6
     assert watch.norms == seen.norms[4:]
     assert same_weights(whole, resumed)
+
+
+def test_a_resumed_run_with_other_settings_says_so(tmp_path) -> None:
+    loader, settings = data(batches=3, same=True), {"max_epochs": 2, "enable_checkpointing": True}
+    fit(WithMomentum(), SpectralClip(2.0), checkpoints(tmp_path), loader=loader, **settings)
+    path = str(tmp_path / "step=3.ckpt")
+    changed = r"saved with SpectralClip\(2\.0,.* goes on with SpectralClip\(0\.5,.*from the first step on"
+    with pytest.warns(UserWarning, match=changed):
+        _, watch = fit(WithMomentum(), SpectralClip(0.5), loader=loader, ckpt_path=path, **settings)
+    assert max(watch.at_start, *watch.norms) <= 0.5 * (1 + TOLERANCE)
+
+
+def test_a_resumed_run_with_the_same_settings_or_a_callback_more_says_nothing(tmp_path) -> None:
+    loader, settings = data(batches=3, same=True), {"max_epochs": 2, "enable_checkpointing": True}
+    body = partial(SpectralClip, 2.0, exclude="net.6")
+    fit(WithMomentum(), body(), checkpoints(tmp_path), loader=loader, **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the checkpoint was saved with")
+        fit(WithMomentum(), body(), SpectralClip(1.0), loader=loader, ckpt_path=str(tmp_path / "step=3.ckpt"), **settings)
 
 
 @averaging
@@ -575,6 +607,46 @@ def test_logged_norm_is_that_before_the_projection(tmp_path) -> None:
     raw = Watch()
     trainer, _ = fit(Module(), raw, SpectralClip(1.0, log=True), logger=CSVLogger(tmp_path), max_epochs=1)
     assert float(trainer.callback_metrics["spectral_clip/norm_before"]) == pytest.approx(raw.norms[-1], rel=0.02)
+
+
+class ByHand(Module):
+    """Accumulates the gradients of three batches by manual optimization, and logs its loss at each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx) -> None:
+        self.log("loss", loss := super().training_step(batch, batch_idx))
+        self.manual_backward(loss)
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("module", "every", "settings", "steps"),
+    [
+        (ByHand, 1, {}, [2, 5, 8]),
+        (Module, 1, {"accumulate_grad_batches": 3}, [0, 1, 2]),
+        (Module, 3, {}, [2, 5, 8]),
+        # no sooner than the Trainer logs, and then the last one
+        (Module, 3, {"log_every_n_steps": 2}, [3, 5]),
+        (Module, 1, {"log_every_n_steps": 4}, [3, 7]),
+    ],
+)
+def test_each_projection_is_logged_once(module, every, settings, steps, tmp_path) -> None:
+    every_step, clip = {"log_every_n_steps": 1, "max_epochs": 1}, SpectralClip(1.0, every=every, log=True)
+    trainer, _ = fit(module(), clip, logger=CSVLogger(tmp_path), loader=data(batches=9), **(every_step | settings))
+    rows = [row for row in csv.DictReader(next(tmp_path.rglob("metrics.csv")).open()) if row["spectral_clip/norm_before"]]
+    assert [int(row["step"]) for row in rows] == steps
+    assert all(row["spectral_clip/clipped"] for row in rows)
+    values = [row["spectral_clip/norm_before"] for row in rows]
+    assert len(set(values)) == len(values)
+    # a callback that monitors the values finds those of the last projection, whether they were logged or not
+    last = float(trainer.callback_metrics["spectral_clip/norm_before"])
+    assert last > 1
+    assert (last == pytest.approx(float(values[-1]))) == ("log_every_n_steps" not in settings)
 
 
 def test_without_log_nothing_is_logged() -> None:
