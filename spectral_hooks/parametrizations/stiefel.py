@@ -33,12 +33,18 @@ def in_full_precision(function: F) -> F:
     def wrapped(x: Tensor, *others: Tensor | None) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = [t if t is None else t.to(wide) for t in (x, *others)]
-        if not torch.amp.autocast_mode.is_autocast_available(x.device.type):
+        if not _is_autocast(x.device.type):
             return function(*inputs).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return function(*inputs).to(x.dtype)
 
     return cast(F, wrapped)
+
+
+def _is_autocast(device: str) -> bool:
+    # older compilers cannot trace the question whether a type of device has autocast
+    available = device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 def held(x: Tensor) -> Tensor:
