@@ -297,19 +297,22 @@ def inside_stays(rng: Rng) -> Margin:
 
 
 def groups_inside_stay(rng: Rng) -> Margin:
-    """Of a grouped convolution `clip` and `rescale` leave the groups that are inside as they are, bit for bit."""
+    """Of a grouped convolution `clip` and `rescale` leave groups with `norm <= max_norm / (1 + r)` as they are, bit for bit.
+
+    The width `r` is that of the certificate of so few channels, 1e-3; nearer to the bound only what is proven stays.
+    """
     dtype = attacks.dtype(rng)
     for _ in range(100):
         layer = attacks.convolution(rng, dtype)
         if layer.groups > 1:
             break
     norms = observers.group_norms(layer)
-    max_norm = float(min(max(pick(rng, norms) * pick(rng, [1 + _EXACT, float(rng.uniform(1, 2))]), 5e-324), 1e300))
+    max_norm = float(min(max(pick(rng, norms) * pick(rng, [1.001 + _EXACT, float(rng.uniform(1.001, 2))]), 5e-324), 1e300))
     project = pick(rng, [sh.projections.clip, sh.projections.rescale])
     about = f"{project.__name__}({max_norm!r}) of {shown(layer)}, norms {norms}"
     result = project(sh.as_operator(layer), max_norm)
     before, after = (np.split(observers.array(w), layer.groups) for w in (layer.weight, result))
-    inside = [i for i, norm in enumerate(norms) if norm <= max_norm * (1 - _EXACT / 2)]
+    inside = [i for i, norm in enumerate(norms) if norm <= max_norm / (1 + 1e-3)]
     moved = max((np.abs(before[i] - after[i]).max() / (np.abs(before[i]).max() or 1.0) for i in inside), default=0.0)
     return Margin(float(moved), about)
 

@@ -95,9 +95,9 @@ class CayleyConv(OrthogonalConv):
 def _prepared(q: Tensor) -> Tensor:
     """Without gradients, where it is remembered: complex matrices as real ones for rows of real and imaginary parts in turn.
 
-    That is twice the memory and as much arithmetic, but in faster products.
+    That is twice the memory and as much arithmetic, but in faster products. Nothing is remembered where operations are recorded.
     """
-    if torch.is_grad_enabled() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return q
     return torch.view_as_real(torch.stack([q, 1j * q], -2)).flatten(-2).flatten(-3, -2)
 

@@ -195,9 +195,13 @@ def _report(taken: Tensor, given: Tensor) -> float:
     """The relative distance, logged."""
     if given.is_meta:
         return float("nan")
-    # in a unit in which no square overflows, or vanishes
-    unit = float(given.abs().amax()) if given.numel() else 0.0
-    given, taken = given.to(taken) / (unit or 1.0), taken / (unit or 1.0)
-    distance = float((taken - given).norm() / given.norm()) if unit else float("inf")
+    scale = _length(given.to(taken))
+    distance = _length(taken - given.to(taken)) / scale if scale else float("inf")
     _logger.info("orthogonal: a weight of shape %s was moved by %.2g of its norm", tuple(given.shape), distance)
     return distance
+
+
+def _length(x: Tensor) -> float:
+    """The Frobenius norm, without a square that overflows or vanishes."""
+    unit = float(x.abs().amax()) if x.numel() else 0.0
+    return unit * float((x / unit).norm()) if unit else 0.0
