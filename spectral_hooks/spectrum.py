@@ -58,7 +58,7 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
         >>> conv = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
         >>> _ = torch.nn.init.constant_(conv.weight, 1 / 9)
         >>> sh.singular_values(sh.as_operator(conv, input_size=(6, 6)), k=3)
-        tensor([1.0000, 0.6667, 0.6667], grad_fn=<SliceBackward0>)
+        tensor([1.0000, 0.6667, 0.6667], grad_fn=<MulBackward0>)
     """
     count = min(prod(op.in_shape), prod(op.out_shape))
     if k is not None and not (isinstance(k, int) and 1 <= k <= count):

@@ -622,3 +622,16 @@ def test_pruned_layer() -> None:
 def test_remove_needs_a_module() -> None:
     with pytest.raises(TypeError, match="`model`"):
         remove_spectral({"weight": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_norm", [1e-30, 1e30])
+def test_zero_stays_zero_whatever_the_bound(dtype, max_norm):
+    layer = rescaled(torch.nn.Linear(4, 7, bias=False).to(dtype), max_norm)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.zero_()
+    for training in (True, False):
+        layer.train(training)
+        assert not layer.weight.any()
+        layer.weight.sum().backward()
+        assert torch.isfinite(layer.parametrizations.weight.original.grad).all()

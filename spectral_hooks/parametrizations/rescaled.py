@@ -162,7 +162,7 @@ class Rescaled(nn.Module):
         """`a`, a power of two, and `b` with `a b = min(1, c / bound(W))`, a number that the weight's dtype may not have."""
         unit = unit_scale(weight)
         size, rounding = self._size(_wide(weight) * unit.to(_wide(weight)), weight.dtype)
-        level = self.max_norm * unit
+        level = self._level(unit)
         inside = size <= level
         # within rounding of the sphere it is one already, with its derivative; a small one is not to be divided by
         size = size.clamp(min=level / 2)
@@ -177,7 +177,7 @@ class Rescaled(nn.Module):
         """
         unit = unit_scale(weight)
         size, rounding = self._size(At.apply(weight, _wide(weight.detach()) * unit.to(_wide(weight))), weight.dtype)
-        found, level, room = size.detach(), self.max_norm * unit, self._room(weight.dtype)
+        found, level, room = size.detach(), self._level(unit), self._room(weight.dtype)
         # what is not finite is not, and stays as it is, for its owner to see
         far, inside = found > _FAR * level, found <= level
         value = _scaled(weight.detach(), torch.where(far, unit, 1.0), torch.where(far, room / found, 1.0))
@@ -195,6 +195,10 @@ class Rescaled(nn.Module):
         op = self.op.with_weight(weight)
         rounding = _rounding(op, dtype)
         return self.bound(op) + rounding, rounding
+
+    def _level(self, unit: Tensor) -> Tensor:
+        """`c` in units of the weight; of one that is zero, or nearly, no more than the largest number."""
+        return (self.max_norm * unit).clamp(max=torch.finfo(unit.dtype).max)
 
     def _room(self, dtype: torch.dtype) -> float:
         """`c`, without what the spacing of numbers about zero can add."""
