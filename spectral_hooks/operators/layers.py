@@ -116,8 +116,8 @@ def _conv(layer: nn.modules.conv._ConvNd, input_size: InputSize = None) -> Linea
     if transposed and any(isinstance(amount, str) for amount in padding):
         # torch takes a word for its letters
         raise ValueError(
-            f"`padding` of {kind.__name__} must be numbers: torch's transposed convolutions know no {''.join(padding)!r} and fail "
-            "in forward; give the number of samples that the output loses on each side."
+            f"`padding` of {kind.__name__} must be numbers: torch's transposed convolutions know no {''.join(padding)!r} and "
+            "fail in forward; give the number of samples that the output loses on each side."
         )
     return ConvOperator(
         _weight(layer, kind if same else _torch_class(layer)),
