@@ -296,7 +296,7 @@ def test_a_start_of_every_scale(make: Callable[[], nn.Module], dtype: torch.dtyp
 def test_weights_of_another_shape_are_refused(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     layer = make()
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    message = rf"must have the shape \({layer.weight.shape[0]}, .*got \({shape[0]}, {shape[1]}"
+    message = rf"must have the layer's shape \({layer.weight.shape[0]}, .*got \({shape[0]}, {shape[1]}"
     with pytest.raises(ValueError, match=message):
         layer.weight = torch.ones(shape)
     with pytest.raises(ValueError, match=message):
@@ -441,6 +441,16 @@ def test_one_graph_with_gradients(name: str, training: bool) -> None:
     weighed(model(x)).backward()
     for left, right in zip(found, (p.grad for p in model.parameters() if p.requires_grad), strict=True):
         close(left, right, 1e-4)
+
+
+def test_generated_code_for_training() -> None:
+    """The default compiler needs every size to be known, that of the grid of a filter's energies too."""
+    model, x = made("conv_norm")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    close(compiled(x), model(x))
+    weighed(compiled(x)).backward()
+    assert model[0].weight.grad.any()
 
 
 @family

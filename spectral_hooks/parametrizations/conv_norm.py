@@ -126,7 +126,7 @@ class ConvNorm(nn.Module):
         return self._operator((rows.to(gain.dtype) * gain).to(self.weight.dtype), input_size=input_size)
 
     def _rows(self) -> Tensor:
-        """The weight with no entry above one, each filter by itself: no difference to the result, and nothing overflows."""
+        """The weight with a largest entry of one in each filter: the result is the same, and does not overflow on the way."""
         largest = held(self.weight).abs().flatten(1).amax(1)
         # a filter of zeros stays one
         unit = torch.where(largest > 0, largest, 1.0).unflatten(0, (-1, *[1] * (self.weight.ndim - 1)))
