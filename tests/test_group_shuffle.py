@@ -177,7 +177,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(layer, free)
     uneven = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(GroupShuffle(2, 1, False, (6, 6)), uneven)
-    rotated = Rotated(2, 1, False, 8, 4).double()
+    rotated = Rotated(2, 1, False, (8, 4, 3), two_sided=True).double()
     weight = torch.randn(8, 4, 3, dtype=torch.float64, requires_grad=True)
     outer, inner = (torch.randn_like(p).requires_grad_() for p in (rotated.outer, rotated.inner))
 
