@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,9 @@ from .spectrum import check_finite
 
 if _has_distributed():
     from torch.distributed.tensor import DTensor, distribute_tensor
+
+    #: Every rank holds the whole result, so nothing needs to be sent; torch 2.5 cannot be told so, and sends what is there.
+    _UNSENT: dict[str, Any] = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
 
 
 def _is_sharded(weight: Tensor) -> bool:
@@ -156,9 +160,7 @@ def _check_taken(layer: Any, weight: Tensor) -> None:
 
 def _copy(parameter: Any, weight: Tensor) -> None:
     if _is_sharded(parameter):
-        # every rank holds the whole result, so nothing needs to be sent
-        mesh, placements = parameter.device_mesh, parameter.placements
-        weight = distribute_tensor(weight.to(parameter.dtype), mesh, placements, src_data_rank=None)
+        weight = distribute_tensor(weight.to(parameter.dtype), parameter.device_mesh, parameter.placements, **_UNSENT)
     parameter.copy_(weight)
 
 

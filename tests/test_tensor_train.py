@@ -188,11 +188,15 @@ def test_frames_stay_orthonormal_while_training() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    # weights of float32, measured in float64: a decomposition in float32 errs by more than the frames do
+    eps = torch.finfo(torch.float32).eps
     for train, size in ((model[0], 7), (model[2], 7)):
-        assert frame_error(train) < 5e-6
-        core = sh.singular_values(sh.as_operator(train, size)).detach()
-        full = sh.singular_values(sh.as_operator(train.to_plain(), size)).detach()
-        assert float((core - full[: len(core)]).abs().max() / full[0]) < 1e-6
+        assert frame_error(train) < 4 * eps
+        core, full = (
+            sh.singular_values(sh.as_operator(layer.double(), size)).detach() for layer in (copy.deepcopy(train), train.to_plain())
+        )
+        # of both frames, of the core and of their product, one rounding each
+        assert float((core - full[: len(core)]).abs().max() / full[0]) < 4 * eps
 
 
 @pytest.mark.parametrize("name", ["linear", "3×3", "strided", "grouped", "transposed"])

@@ -98,7 +98,7 @@ class ConvOperator(KernelOperator):
         if isinstance(padding, str) and self.transposed:
             raise ValueError(
                 f"`padding` of a transposed convolution must be numbers, as torch's forward wants them; got {padding!r}. "
-                "Give an int, or one per axis."
+                "Give the number of samples that the output loses on each side: an int, or one per axis."
             )
         if isinstance(padding, str) and padding == "valid":
             return ((0, 0),) * dims

@@ -140,12 +140,6 @@ def _conv(layer: nn.modules.conv._ConvNd, input_size: InputSize = None) -> Kerne
     padding: Any = layer.padding
     if same:
         padding = _same_padding(layer, input_size)
-    if transposed and any(isinstance(amount, str) for amount in padding):
-        # torch takes a word for its letters
-        raise ValueError(
-            f"`padding` of {kind.__name__} must be numbers: torch's transposed convolutions know no {''.join(padding)!r} and "
-            "fail in forward; give the number of samples that the output loses on each side."
-        )
     return ConvOperator(
         _weight(layer, kind if same else _torch_class(layer)),
         stride=layer.stride,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operators.symbols import product
-from .modules import OrthogonalConv
+from .modules import OrthogonalConv, from_frequencies, to_frequencies
 from .stiefel import FAR, _polished, bounded
 
 
@@ -73,12 +73,12 @@ class CayleyConv(OrthogonalConv):
         x = geometry.to_depth(x)
         sizes, axes = tuple(x.shape[2:]), tuple(range(2, x.ndim))
         q = self._memory(self, self.weight, lambda weight: _prepared(self._transform(weight, sizes)), sizes)
-        x = torch.fft.rfftn(x, dim=axes)
+        x = to_frequencies(x, axes)
         shape = x.shape[2:]
         # (groups, frequencies, batch, channels) and back; products and transforms are faster after a copy
         x = x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 3, 0, 2).contiguous()
         y = _times(x.flatten(0, 1), q).unflatten(0, (geometry.groups, -1)).permute(2, 0, 3, 1).contiguous()
-        return torch.fft.irfftn(y.flatten(1, 2).unflatten(2, shape), s=sizes, dim=axes)
+        return from_frequencies(y.flatten(1, 2).unflatten(2, shape), sizes, axes)
 
     def _transform(self, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """`Q(θ)ᵀ` of every group at every frequency of the half that `rfftn` keeps, `(groups · frequencies, columns, rows)`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..operators import ConvOperator, KernelOperator, as_operator
 from ..operators.padding import pad
 from ..operators.symbols import product, symbol
-from .modules import CONV, Memory, convolution, plain, take_over
+from .modules import CONV, Memory, convolution, from_frequencies, plain, take_over, to_frequencies
 from .stiefel import held
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
@@ -91,7 +91,7 @@ class ConvNorm(nn.Module):
         y = CONV[dims](x, weight, None, self.stride, padding, self.dilation, self.groups)
         sizes, axes = tuple(y.shape[y.ndim - dims :]), tuple(range(-dims, 0))
         gain = self._memory(self, weight, lambda w: self._gain(w, sizes), sizes)
-        filtered = torch.fft.irfftn(torch.fft.rfftn(y.to(gain.dtype), dim=axes) * gain, s=sizes, dim=axes).to(y.dtype)
+        filtered = from_frequencies(to_frequencies(y.to(gain.dtype), axes) * gain, sizes, axes).to(y.dtype)
         return filtered if self.bias is None else filtered + self.bias.to(y.dtype).unflatten(0, (-1, *[1] * dims))
 
     def to_plain(self) -> nn.Module:

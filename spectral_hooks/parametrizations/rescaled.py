@@ -156,7 +156,8 @@ class Rescaled(nn.Module):
         return weight.clone()
 
     def _rescaled(self, weight: Tensor) -> Tensor:
-        return _scaled(weight, *self._memory(self, weight, self._factors))
+        unit, gain = self._memory(self, weight, self._factors)
+        return _scaled(weight, unit, gain)
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`a`, a power of two, and `b` with `a b = min(1, c / bound(W))`, a number that the weight's dtype may not have."""
