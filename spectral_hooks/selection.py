@@ -202,8 +202,10 @@ def _account(result: Selection, modules: dict[str, nn.Module], unsupported: set[
         elif name not in result.skipped:
             for key, p in left:
                 qualified = f"{name}.{key}" if name else key
-                result.skipped[qualified] = f"not a part of the weight that {called(name)} is bounded by"
-                if not is_adapter(layer):  # of an adapter, what is not active
+                isometric = key in getattr(layer, "isometries", ())
+                why = "makes an isometry" if isometric else f"not a part of the weight that {called(name)} is bounded by"
+                result.skipped[qualified] = why
+                if not (isometric or is_adapter(layer)):  # of an adapter, what is not active
                     result.free[qualified] = [p]
 
 

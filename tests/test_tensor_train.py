@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import sys
+import warnings
 from math import sqrt
 
 import pytest
@@ -205,7 +206,12 @@ def test_clipping_the_core_clips_the_layer(name: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     core = train.weight
     assert float(sh.spectral_norm(sh.as_operator(train)).detach()) > 0.3
-    with sh.SpectralClip(0.3).attach(model, optimizer) as handle:
+    clip = sh.SpectralClip(0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # frames are no free weights
+        handle = clip.attach(model, optimizer)
+    assert clip.skipped == {"0.in_free": "makes an isometry", "0.out_free": "makes an isometry"}
+    with handle:
         assert handle.attached
         for _ in range(3):
             model(x).square().mean().backward()

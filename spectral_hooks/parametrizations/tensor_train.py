@@ -101,6 +101,8 @@ class TensorTrain(nn.Module):
     """
 
     weight: Tensor
+    #: Parameters of frames, whose norm is 1 whatever they are: for hooks, which bound the core.
+    isometries = ("in_free", "out_free")
     bias: nn.Parameter | None
     in_free: Tensor
     out_free: Tensor
