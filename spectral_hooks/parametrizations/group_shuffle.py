@@ -284,12 +284,9 @@ def _start(blocks: int, groups: int, channels: int) -> Tensor:
     return torch.zeros(2, groups, blocks, size * (size - 1) // 2)
 
 
+@in_full_precision
 def _rotated(x: Tensor, free: Tensor, blocks: int, back: bool) -> Tensor:
     """`Q x`, or `Qᵀ x` if `back`, for `x` of shape `(groups, n, columns)`."""
-    return in_full_precision(lambda x, free: _product(x, free, blocks, back))(x, free)
-
-
-def _product(x: Tensor, free: Tensor, blocks: int, back: bool) -> Tensor:
     left, right = _rotations(free.flatten(1, 2), x.shape[1] // blocks)
     parts = x.unflatten(1, (blocks, -1))
     if back:

@@ -30,9 +30,9 @@ def in_full_precision(function: F) -> F:
     """Run a function of tensors in float32 or better, without autocast, and cast its result back to the first one's dtype."""
 
     @functools.wraps(function)
-    def wrapped(x: Tensor, *others: Tensor | None) -> Tensor:
+    def wrapped(x: Tensor, *others: Any) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        inputs = [t if t is None else t.to(wide) for t in (x, *others)]
+        inputs = [t.to(wide) if isinstance(t, Tensor) else t for t in (x, *others)]
         if not _is_autocast(x.device.type):
             return function(*inputs).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
