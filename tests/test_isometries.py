@@ -296,7 +296,7 @@ def test_a_start_of_every_scale(make: Callable[[], nn.Module], dtype: torch.dtyp
 def test_weights_of_another_shape_are_refused(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     layer = make()
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    message = rf"must have the shape \({layer.weight.shape[0]}, .*got \({shape[0]}, {shape[1]}"
+    message = rf"must have the layer's shape \({layer.weight.shape[0]}, .*got \({shape[0]}, {shape[1]}"
     with pytest.raises(ValueError, match=message):
         layer.weight = torch.ones(shape)
     with pytest.raises(ValueError, match=message):

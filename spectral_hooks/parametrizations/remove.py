@@ -158,8 +158,8 @@ def check_assigned(weight: Any, shape: tuple[int, ...]) -> None:
         raise TypeError(f"the weight that is assigned or loaded must be a floating-point tensor; got {kind}.")
     if weight.shape != shape:
         raise ValueError(
-            f"the weight that is assigned or loaded must have the shape {tuple(shape)} of the layer's; got "
-            f"{tuple(weight.shape)}. The layer is left as it is."
+            f"the weight that is assigned or loaded must have the layer's shape {tuple(shape)}; got {tuple(weight.shape)}; "
+            "it is left as it is."
         )
 
 
