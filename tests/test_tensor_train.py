@@ -192,9 +192,8 @@ def test_frames_stay_orthonormal_while_training() -> None:
     eps = torch.finfo(torch.float32).eps
     for train, size in ((model[0], 7), (model[2], 7)):
         assert frame_error(train) < 4 * eps
-        core, full = (
-            sh.singular_values(sh.as_operator(layer.double(), size)).detach() for layer in (copy.deepcopy(train), train.to_plain())
-        )
+        layers = (copy.deepcopy(train), train.to_plain())
+        core, full = (sh.singular_values(sh.as_operator(layer.double(), size)).detach() for layer in layers)
         # of both frames, of the core and of their product, one rounding each
         assert float((core - full[: len(core)]).abs().max() / full[0]) < 4 * eps
 
