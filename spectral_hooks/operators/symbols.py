@@ -70,7 +70,7 @@ def half_plane(sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     place = index.new_tensor([prod(sizes[i + 1 :]) for i in range(len(sizes))])
     here, mirrored = (index * place).sum(1), ((-index % shape) * place).sum(1)
     # a frequency is its own mirror image if each component is 0 or π; so many are kept, for a compiler wants to know
-    kept = (prod(sizes) + prod(2 if n % 2 == 0 else 1 for n in sizes)) // 2
+    kept = (prod(sizes) + prod([2 if n % 2 == 0 else 1 for n in sizes])) // 2
     first = (here > mirrored).to(torch.uint8).argsort(stable=True)[:kept]
     counts = 1 + (here < mirrored)[first].to(torch.float64)
     theta = index[first].to(torch.float64) * (2 * pi) / shape
