@@ -213,5 +213,12 @@ def traces_copies() -> bool:
     return True
 
 
+def shards_on_cpu() -> bool:
+    """Whether this torch's FSDP2 works without CUDA: that of 2.5, which lies at another place, does not."""
+    from torch.distributed import fsdp
+
+    return hasattr(fsdp, "fully_shard")
+
+
 class _Holder:
     one = 1.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import shards_on_cpu
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -21,6 +22,7 @@ except ImportError:  # torch 2.5
 
 make = sh.parametrizations
 PROCESSES, STEPS = 2, 3
+WAYS = ("replicas", "shards") if shards_on_cpu() else ("replicas",)
 #: Samples of one update, over all processes.
 BATCH = 6
 
@@ -111,7 +113,7 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
     )
-    records: dict[Any, Any] = {(name, kind): record(name, kind, rank) for name in KINDS for kind in ("replicas", "shards")}
+    records: dict[Any, Any] = {(name, kind): record(name, kind, rank) for name in KINDS for kind in WAYS}
     layer, conv = nn.Linear(7, 5), nn.Conv2d(4, 4, 3, padding=1)
     fully_shard(layer)
     fully_shard(conv)

@@ -17,6 +17,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this torch is built without gloo, the process group for CPUs", allow_module_level=True)
 
 import distributed_lightning
+from cases import shards_on_cpu
 from test_lightning import TOLERANCE, largest_norm
 
 #: A batch split over two processes is summed in another order.
@@ -56,6 +57,8 @@ def runs(tmp_path_factory):
 
     @cache
     def run(kind: str) -> tuple[Path, list[list[dict]]]:
+        if kind == "fsdp" and not shards_on_cpu():
+            pytest.skip("FSDP2 of torch 2.5 needs CUDA")
         folder = tmp_path_factory.mktemp(kind)
         return folder, launch(kind, folder)
 

@@ -14,6 +14,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 import distributed_parametrizations as distributed
 import torch.multiprocessing as mp
+from cases import shards_on_cpu
 from distributed_parametrizations import KINDS, STEPS, inputs, made
 from test_distributed import free_port
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import spectral_hooks as sh
 import spectral_hooks.parametrizations as make
 
+needs_shards = pytest.mark.skipif(not shards_on_cpu(), reason="FSDP2 of torch 2.5 needs CUDA")
 #: A batch split over two processes is summed in another order.
 ROUNDING = 1e-5
 
@@ -57,7 +59,7 @@ def singular_values(layer: nn.Module, name: str) -> Tensor:
         return torch.linalg.svdvals((layer(units) - layer(torch.zeros_like(units))).flatten(1))
 
 
-@pytest.mark.parametrize("kind", ["replicas", "shards"])
+@pytest.mark.parametrize("kind", ["replicas", pytest.param("shards", marks=needs_shards)])
 @pytest.mark.parametrize("name", KINDS)
 def test_two_processes_are_as_one(name: str, kind: str, runs: list[dict[Any, Any]]) -> None:
     here, there = (run[name, kind] for run in runs)
@@ -75,7 +77,7 @@ def test_two_processes_are_as_one(name: str, kind: str, runs: list[dict[Any, Any
         torch.testing.assert_close(first, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("kind", ["replicas", "shards"])
+@pytest.mark.parametrize("kind", ["replicas", pytest.param("shards", marks=needs_shards)])
 @pytest.mark.parametrize("name", KINDS)
 def test_laws_hold_after_training_in_two_processes(name: str, kind: str, runs: list[dict[Any, Any]]) -> None:
     """Of a layer on one process that is given the whole state."""
@@ -99,6 +101,7 @@ def test_laws_hold_after_training_in_two_processes(name: str, kind: str, runs: l
         assert 0.8 * high < float(found[0]) <= high + 1e-5
 
 
+@needs_shards
 @pytest.mark.parametrize("name", KINDS)
 def test_shards_are_not_made_plain(name: str, runs: list[dict[Any, Any]]) -> None:
     """Gathered for a while or not: the error says what to do instead, and the layer goes on (see its last output above)."""
@@ -112,7 +115,7 @@ def test_shards_are_not_made_plain(name: str, runs: list[dict[Any, Any]]) -> Non
 @pytest.mark.parametrize("name", KINDS)
 def test_a_report_tells_the_same(name: str, runs: list[dict[Any, Any]]) -> None:
     (expected,) = make.spectral_report(made(name)).values()
-    for kind in ("replicas", "shards"):
+    for kind in distributed.WAYS:
         assert list(runs[0][name, kind]["report"].values()) == [expected]
 
 

@@ -574,3 +574,16 @@ def test_others_are_refused_by_name(replace) -> None:
     selection = select(nn.Sequential(layer, nn.Linear(2, 2)))
     assert [target.name for target in selection.targets] == ["1"]
     assert "no convolution of a small kernel" in selection.skipped["0"]
+
+
+@pytest.mark.parametrize("make", [cayley, conv_norm])
+def test_expanded_inputs_and_gradients_are_as_good_as_dense_ones(make) -> None:
+    """MKL's Fourier transforms take no stride of zero."""
+    layer = make(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"))
+    x = torch.randn(1, 2, 1, 1).expand(4, 2, 6, 5).requires_grad_()
+    dense = x.detach().clone().requires_grad_()
+    y, expected = layer(x), layer(dense)
+    torch.testing.assert_close(y, expected)
+    (ours,) = torch.autograd.grad(y.sum(), x)
+    (theirs,) = torch.autograd.grad(expected, dense, torch.ones_like(expected).clone())
+    torch.testing.assert_close(ours, theirs)
