@@ -311,7 +311,7 @@ def test_weights_of_another_shape_are_refused(make: Callable[[], nn.Module], sha
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_transposed_convolutions_with_padding_by_a_word_are_refused(padding: str) -> None:
     for function in (sh.as_operator, P.orthogonal, P.rescaled, lambda layer: P.tensor_train(layer, 2)):
-        with pytest.raises(ValueError, match=f"`padding` of ConvTranspose2d must be numbers.*{padding}"):
+        with pytest.raises(ValueError, match=f"`padding` of a transposed convolution must be numbers.*{padding}"):
             function(nn.ConvTranspose2d(4, 4, 3, padding=padding))
 
 

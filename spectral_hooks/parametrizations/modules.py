@@ -262,8 +262,8 @@ def to_frequencies(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 def from_frequencies(x: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
     """`irfftn`, whose gradient may be expanded too, as that of a sum is."""
     y = torch.fft.irfftn(x, s=sizes, dim=axes)
-    # what a product hands back is never expanded
-    return y * 1 if y.requires_grad else y
+    # what a product hands back is never expanded; a trace is the same with gradients and without
+    return y * 1 if y.requires_grad or torch.jit.is_tracing() else y
 
 
 class Memory:
