@@ -283,11 +283,16 @@ def projections_obey_the_bound(rng: Rng) -> Margin:
 
 
 def inside_stays(rng: Rng) -> Margin:
-    """`clip` and `rescale` return a weight that is inside already bit for bit."""
+    """`clip` and `rescale` return a weight that is inside already bit for bit.
+
+    Matrices and circular layers with `norm <= max_norm`, others with `norm <= max_norm / (1 + r)`: `r = 1e-3` for few channels,
+    and 1e-5 for finite ones.
+    """
     layer, op, norm, lacks, about = _projected(rng)
     true = norm(layer)
     # what is only known to 1e-5 can only be known to be inside by that
-    share = (1 + 2 * lacks) * pick(rng, [1 + _EXACT, 1 + 10.0 ** rng.uniform(-6, -2), float(rng.uniform(1, 3))])
+    width = 0.0 if lacks or op.frequency_grid is not None else 1e-3
+    share = (1 + 2 * lacks) * (1 + width) * pick(rng, [1 + _EXACT, 1 + 10.0 ** rng.uniform(-6, -2), float(rng.uniform(1, 3))])
     max_norm = float(max(true * share, 5e-324))
     project = pick(rng, [sh.projections.clip, sh.projections.rescale])
     about = f"{project.__name__}({max_norm!r}) of {about}, norm {true}"
