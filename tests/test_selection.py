@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import observers
 import pytest
 import torch
 from torch import nn
@@ -285,6 +286,13 @@ def as_target(layer: nn.Module, exclude) -> bool:
     return isinstance(layer, kinds) and not excluded and all(p.numel() and p.is_floating_point() for p in layer.parameters())
 
 
+def true_norm(layer: nn.Module) -> float:
+    """A norm that is no upper bound, as `spectral_norm` of a convolution is, by up to its `rtol`."""
+    if isinstance(layer, nn.Conv2d):
+        return float(max(observers.group_norms(layer)))
+    return float(torch.linalg.matrix_norm(as_operator(layer).weight.detach().double(), 2))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("exclude", [None, nn.Linear, nn.LSTM, lambda layer: isinstance(layer, (nn.Embedding, nn.BatchNorm2d))])
@@ -301,7 +309,7 @@ def test_every_parameter_of_two_or_more_dimensions_is_constrained_or_listed(name
         layer = parameter.rpartition(".")[0].split(".parametrizations")[0]
         if value.ndim < 2 or layer in hook.skipped or parameter in hook.skipped:
             continue
-        assert float(sh.spectral_norm(as_operator(model.get_submodule(layer)))) <= 1 + 1e-6
+        assert true_norm(model.get_submodule(layer)) <= 1 + 1e-6
     report = hook.report()
     assert all(each in report for each in hook.skipped)
     assert all(report.count(reason) >= 1 for reason in set(hook.skipped.values()))
