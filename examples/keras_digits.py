@@ -16,12 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import spectral_hooks as sh
-from spectral_hooks.integrations.keras import (
-    Kernel,
-    SpectralClip,
-    SpectralClipCallback,
-    mirror,
-)  # before Keras: checks the backend
+from spectral_hooks.integrations.keras import Kernel, SpectralClip, SpectralClipCallback, mirror
 
 import keras  # isort: skip
 

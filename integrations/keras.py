@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectral_hooks import hooks, projections
 from spectral_hooks.operators import ConvOperator, DenseOperator, KernelOperator, as_operator
-from spectral_hooks.selection import Patterns, _matches, listed
+from spectral_hooks.weights.patterns import Patterns, listed, matches
 
 
 def _backend() -> str:
@@ -400,4 +400,4 @@ def _of_keras(argument: str, patterns: Patterns) -> Patterns:
 
 
 def _matches_layer(argument: str, pattern: Any, name: str, module: nn.Module) -> bool:
-    return isinstance(module, Kernel) and _matches(argument, pattern, name, module.layer)
+    return isinstance(module, Kernel) and matches(argument, pattern, name, module.layer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spectral_hooks import hooks
-from spectral_hooks.selection import Patterns
+from spectral_hooks.weights.patterns import Patterns
 
 
 def _callback_classes() -> tuple[type, ...]:

@@ -11,7 +11,8 @@ from zlib import crc32
 import torch
 
 from spectral_hooks import as_operator, hooks
-from spectral_hooks.selection import Patterns, Split
+from spectral_hooks.weights.patterns import Patterns
+from spectral_hooks.weights.selection import Split
 
 try:
     from transformers import TrainerCallback

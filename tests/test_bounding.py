@@ -312,7 +312,7 @@ def test_networks_train_under_autocast(function, dtype: torch.dtype, compiled: b
 # -- what is no bound ----------------------------------------------------------------------------------------------------------
 
 NO_BOUNDS = {
-    "padding": sh.bounds.padding,
+    "padding": sh.padding_factor,
     "absolute sum of columns": partial(sh.bounds.absolute_sum, ord=1),
     "absolute sum of rows": lambda op: sh.bounds.absolute_sum(op, ord=inf),
     "estimate of one entry": lambda op: op.weight.abs().amax().double(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from math import cos, inf, pi, prod, sqrt
 
@@ -13,8 +14,12 @@ from test_spectrum import DIFFERENTIABLE, KERNELS, flat, random, smooth
 from torch import Tensor
 
 import spectral_hooks as sh
-from spectral_hooks import lattice
+from spectral_hooks.norms import lattice
 from spectral_hooks.operators import LinearOperator, padding
+
+# functions have the names of their modules
+kernel_gram = import_module("spectral_hooks.norms.bounds.kernel_gram")
+gram_iteration = import_module("spectral_hooks.norms.bounds.gram_iteration")
 
 PLAIN = [name for name in BOUNDS if "-" not in name]
 
@@ -232,8 +237,8 @@ def direct_kernel_gram(kernel: Tensor, steps: int) -> float:
 def test_kernel_gram_of_wide_kernels(kind, channels, memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, and in blocks of every size: not below the formula in float64, and not far above."""
     if memory is not None:
-        monkeypatch.setattr(sh.bounds, "_PANEL_BYTES", memory)
-        monkeypatch.setattr(sh.bounds, "_BLOCK_BYTES", memory // 4)
+        monkeypatch.setattr(kernel_gram, "_PANEL_BYTES", memory)
+        monkeypatch.setattr(kernel_gram, "_BLOCK_BYTES", memory // 4)
     kernel = kind(*channels, 3, 3)
     panels = []
 
@@ -241,8 +246,8 @@ def test_kernel_gram_of_wide_kernels(kind, channels, memory, monkeypatch: pytest
         panels.append(plain(*args))
         return panels[-1]
 
-    plain = sh.bounds._spectra
-    monkeypatch.setattr(sh.bounds, "_spectra", spectra)
+    plain = kernel_gram._spectra
+    monkeypatch.setattr(kernel_gram, "_spectra", spectra)
     value = float(sh.bounds.kernel_gram(sh.ConvOperator(kernel), steps=3))
     if memory is not None:  # unless a single row takes more
         assert all(panel.nbytes <= memory or 1 in panel.shape[-2:] for panel in panels)
@@ -253,8 +258,8 @@ def test_kernel_gram_of_wide_kernels(kind, channels, memory, monkeypatch: pytest
 def test_kernel_gram_does_not_use_float32_where_its_products_are_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, with 16 bits of precision or less, no bound of the rounding would hold."""
     seen = []
-    plain = sh.bounds._row_sums
-    monkeypatch.setattr(sh.bounds, "_row_sums", lambda *args: seen.append(args[2]) or plain(*args))
+    plain = kernel_gram._row_sums
+    monkeypatch.setattr(kernel_gram, "_row_sums", lambda *args: seen.append(args[2]) or plain(*args))
     op = sh.ConvOperator(random(40, 40, 3, 3))
     before = torch.get_float32_matmul_precision()
     values = []
@@ -315,7 +320,7 @@ def test_gram_iteration_looks_at_all_that_matter(kind, shape: tuple[int, ...], s
         powers = powers @ powers
     expected = scale * float(torch.linalg.matrix_norm(powers).max()) ** (0.5 ** (steps + 1))
     for memory in (1 << 27, 1 << 19, 1):
-        monkeypatch.setattr(sh.bounds, "_CHUNK_BYTES", memory)
+        monkeypatch.setattr(gram_iteration, "_CHUNK_BYTES", memory)
         assert float(sh.bounds.gram_iteration(op, steps=steps)) == pytest.approx(expected, rel=1e-9)
 
 
@@ -415,20 +420,20 @@ def test_padding_is_the_norm_of_the_padding_map(mode: str, pair: tuple[int, int]
     for size in range(max(least, 2 - sum(pair)), 16):
         op = sh.ConvOperator(kernel, padding=(pair,), padding_mode=mode, input_size=size)
         norms.append(float(torch.linalg.matrix_norm(padding_map(mode, size, *pair), ord=2)))
-        assert float(sh.bounds.padding(op)) == pytest.approx(norms[-1], rel=1e-12)
+        assert float(sh.padding_factor(op)) == pytest.approx(norms[-1], rel=1e-12)
     unsized = sh.ConvOperator(kernel, padding=(pair,), padding_mode=mode)
-    assert float(sh.bounds.padding(unsized)) == pytest.approx(max(norms), rel=1e-12)
+    assert float(sh.padding_factor(unsized)) == pytest.approx(max(norms), rel=1e-12)
 
 
 def test_padding_in_closed_form() -> None:
     kernel = random(1, 1, 3, 3)
     square = {"zeros": 1, "circular": 1, "reflect": 9, "replicate": 9}
     for mode, expected in square.items():
-        assert float(sh.bounds.padding(sh.ConvOperator(kernel, padding=1, padding_mode=mode))) ** 2 == pytest.approx(expected)
+        assert float(sh.padding_factor(sh.ConvOperator(kernel, padding=1, padding_mode=mode))) ** 2 == pytest.approx(expected)
     # the taps reach so far that the two sides never meet
     wide = sh.ConvOperator(random(1, 1, 7), padding=1, padding_mode="reflect")
-    assert float(sh.bounds.padding(wide)) ** 2 == pytest.approx(2)
-    assert float(sh.bounds.padding(sh.DenseOperator(random(2, 2)))) == 1
+    assert float(sh.padding_factor(wide)) ** 2 == pytest.approx(2)
+    assert float(sh.padding_factor(sh.DenseOperator(random(2, 2)))) == 1
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

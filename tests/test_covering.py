@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_hooks.covering import certificates
+from spectral_hooks.norms.proofs import certificates
 
 SHAPES = [
     (3, 8, 6, 3, 3),

@@ -18,7 +18,7 @@ from spectral_hooks.parametrizations import remove_spectral, spectral_report
 from spectral_hooks.parametrizations.group_shuffle import GroupShuffleConv, group_shuffle
 from spectral_hooks.parametrizations.rescaled import rescaled
 from spectral_hooks.parametrizations.skew import modulus_one
-from spectral_hooks.selection import select
+from spectral_hooks.weights.selection import select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

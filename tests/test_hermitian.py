@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_hooks import hermitian
-from spectral_hooks.operators.symbols import Gram
+from spectral_hooks.linalg import cholesky, lanczos
+from spectral_hooks.linalg.gram import Gram
 
 SIZES = [1, 2, 7, 64, 65, 150]
 DTYPES = [torch.complex64, torch.complex128]
@@ -43,7 +43,7 @@ def test_what_is_proven_is_true_and_what_has_room_is_proven(size: int, dtype: to
         for gap in (-1e-1, -1e-3, -1e-6, -4 * eps, 0.0, 4 * eps, 1e-6, 1e-3, 1e-1, 1.0):
             level = exact * (1 + gap)
             slack = 0.3 * max(gap, 0) * exact
-            verdict = hermitian.below_(stored.clone()[None], level, error=0.0, slack=slack)
+            verdict = cholesky.below_(stored.clone()[None], level, error=0.0, slack=slack)
             if bool(verdict.proven):
                 assert exact <= level, (name, gap)
             if gap >= max(1e-3, 50 * size**2 * eps):
@@ -58,7 +58,7 @@ def test_an_error_of_the_matrices_is_paid_for(dtype: torch.dtype) -> None:
     """A matrix whose true norm may be above the level is not proven below."""
     matrix = hermitian_with(spectra(50)["linear"]).to(dtype)[None]
     for error, proven in ((0.0, True), (0.04, True), (0.06, False), (1.0, False)):
-        assert bool(hermitian.below_(matrix.clone(), 1.05, error=error, slack=0.05).proven) is proven
+        assert bool(cholesky.below_(matrix.clone(), 1.05, error=error, slack=0.05).proven) is proven
 
 
 def factor_of(matrix: Tensor, level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, float]:
@@ -80,7 +80,7 @@ def factor_of(matrix: Tensor, level: float, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "cholesky_ex", keep_diagonal)
         patch.setattr(torch.linalg, "solve_triangular", keep_rows)
-        positive, grown = hermitian._factorize(hermitian.Rows.of(matrix[None]), level, hermitian._rounding(size, matrix.dtype))
+        positive, grown = cholesky._factorize(cholesky.Rows.of(matrix[None]), level, cholesky._rounding(size, matrix.dtype))
     assert bool(positive)
     factor, start = torch.zeros(size, size, dtype=torch.complex128), 0
     for i, diagonal in enumerate(diagonals):
@@ -95,7 +95,7 @@ def factor_of(matrix: Tensor, level: float, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("size", [7, 64, 65, 150, 200])
 def test_the_rounding_of_a_factor_is_at_most_what_is_allowed_for(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`|A - R* R| ≤ γ |R|* |R| + δ level I` entry by entry, in float32 against float64: what every proof rests on."""
-    gamma, delta = hermitian._rounding(size, torch.complex64), hermitian._shifting(size, torch.complex64)
+    gamma, delta = cholesky._rounding(size, torch.complex64), cholesky._shifting(size, torch.complex64)
     for name, values in spectra(size).items():
         matrix = hermitian_with(values).to(torch.complex64)
         factor, grown = factor_of(matrix, 1.01, monkeypatch)
@@ -110,12 +110,12 @@ def test_the_rounding_of_a_factor_is_at_most_what_is_allowed_for(size: int, monk
 def test_estimates_are_from_below_and_close(size: int, dtype: torch.dtype) -> None:
     kinds = spectra(size)
     matrices = torch.stack([hermitian_with(values) for values in kinds.values()]).to(dtype)
-    values, vectors = hermitian.top(matrices, steps=16)
+    values, vectors = lanczos.top(matrices, steps=16)
     torch.testing.assert_close(torch.linalg.vector_norm(vectors, dim=-1), torch.ones_like(values))
     assert (values <= 1 + 20 * size * torch.finfo(dtype).eps).all()
     assert (values >= 0.97).all()
     for matrix, vector in zip(matrices, vectors, strict=True):
-        value, vector = hermitian.exact_top(matrix, vector)
+        value, vector = lanczos.exact_top(matrix, vector)
         assert float(value) == pytest.approx(1, abs=20 * size * torch.finfo(dtype).eps)
         assert float((matrix @ vector - vector).abs().max()) < 1e-3
 
@@ -126,7 +126,7 @@ def test_estimates_of_a_rank_one_matrix_from_its_own_vector() -> None:
     matrices = vector @ vector.mH
     exact = matrices.diagonal(dim1=-2, dim2=-1).real.sum(-1)
     for steps in (1, 4, 16):
-        torch.testing.assert_close(hermitian.top(matrices, steps=steps)[0], exact, rtol=1e-4, atol=0)
+        torch.testing.assert_close(lanczos.top(matrices, steps=steps)[0], exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 8, 3, 3), (3, 4, 4, 2, 3), (1, 40, 30, 4), (1, 3, 3, 2, 2, 2)], ids=str)

@@ -13,7 +13,7 @@ def test_the_core_imports_no_framework() -> None:
 import sys
 import torch
 before = set(sys.modules)
-import spectral_hooks, spectral_hooks.hooks, spectral_hooks.selection, spectral_hooks.weights
+import spectral_hooks, spectral_hooks.hooks, spectral_hooks.weights.selection, spectral_hooks.weights.writing
 op = spectral_hooks.as_operator(torch.nn.Linear(2, 2))
 spectral_hooks.projections.clip(op, 1.0)
 print(*sorted(name for name in set(sys.modules) - before if name.partition('.')[0] in {FRAMEWORKS!r}))

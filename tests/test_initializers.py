@@ -10,8 +10,8 @@ from cases import FEW_CONVS, MATRICES, Case, apply_to_identity
 from torch import nn
 
 import spectral_hooks as sh
-from spectral_hooks.initializers import delta_orthogonal_, jacobian_singular_values, orthogonal_
 from spectral_hooks.parametrizations.orthogonal import orthogonal
+from spectral_hooks.weights.initializers import delta_orthogonal_, jacobian_singular_values, orthogonal_
 
 CASES = [case for case in FEW_CONVS if case.mode not in ("reflect", "replicate")]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import spectral_hooks as sh
-from spectral_hooks.low_rank import clip_update
-from spectral_hooks.selection import select
-from spectral_hooks.targets import Target
+from spectral_hooks.projections.low_rank import clip_update
+from spectral_hooks.weights.selection import select
+from spectral_hooks.weights.targets import Target
 
 #: out, in, rank, size of the update.
 CASES = [

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import spectral_hooks as sh
-from spectral_hooks.initializers import delta_orthogonal_, orthogonal_
 from spectral_hooks.parametrizations import remove_spectral, spectral_report
 from spectral_hooks.parametrizations.orthogonal import orthogonal
 from spectral_hooks.parametrizations.stiefel import (
@@ -32,6 +31,7 @@ from spectral_hooks.parametrizations.stiefel import (
     polar,
     qr,
 )
+from spectral_hooks.weights.initializers import delta_orthogonal_, orthogonal_
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

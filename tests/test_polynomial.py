@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import spectral_hooks as sh
-from spectral_hooks import intersection, polynomial, projections
+from spectral_hooks import projections
+from spectral_hooks.linalg import matrix_functions as polynomial
+from spectral_hooks.projections import excess
 
 RATIOS = (1.0, 1.01, 2.0, 10.0, 100.0, 1000.0)
 SHAPES = ((48, 48), (96, 40), (40, 96))
@@ -44,15 +46,15 @@ def clipped(x: Tensor, level: float = 1.0) -> Tensor:
 def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Products are preferred here too; a record of whether they were taken."""
     taken: list[bool] = []
-    by_products = intersection._by_products
+    by_products = excess._by_products
 
     def recorded(blocks: Tensor, level: Tensor, out: Tensor):
         found = by_products(blocks, level, out)
         taken.append(found is not None)
         return found
 
-    monkeypatch.setattr(intersection, "products_pay", lambda blocks: True)
-    monkeypatch.setattr(intersection, "_by_products", recorded)
+    monkeypatch.setattr(excess, "products_pay", lambda blocks: True)
+    monkeypatch.setattr(excess, "_by_products", recorded)
     return taken
 
 
@@ -121,7 +123,7 @@ def test_error_is_measured(shape: tuple[int, int], kind: str, ratio: float, dtyp
     total = (torch.linalg.svdvals(x.double()) - 1).clamp(min=0).sum()
     torch.testing.assert_close(found.total.double(), total, rtol=1e-5, atol=1e-5 * ratio)
     if ratio <= 2:
-        assert found.error <= intersection._ACCURATE * size
+        assert found.error <= excess._ACCURATE * size
 
 
 def test_excess_of_a_batch_of_complex_matrices() -> None:
@@ -134,9 +136,9 @@ def test_excess_of_a_batch_of_complex_matrices() -> None:
         torch.testing.assert_close(found.excess[:, group].to(reference), reference, rtol=0, atol=1e-4)
         total = (torch.linalg.svdvals(x[:, group].to(torch.complex128)) - level).clamp(min=0).sum(-1)
         torch.testing.assert_close(found.total[:, group].double(), total, rtol=1e-5, atol=1e-4)
-    exact, sums, largest = intersection.excess_over(x.to(torch.complex128), levels)
+    exact, sums, largest = excess.excess_over(x.to(torch.complex128), levels)
     out = torch.empty_like(exact)
-    by_products = intersection._by_products(x.to(torch.complex128), levels.double(), out)
+    by_products = excess._by_products(x.to(torch.complex128), levels.double(), out)
     assert by_products is not None
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-4)
     torch.testing.assert_close(by_products[0], sums, rtol=1e-5, atol=1e-4)
@@ -148,7 +150,7 @@ def test_small_blocks_need_not_be_more_accurate() -> None:
     """At high frequencies the symbols of trained kernels are small; that is no reason to give up."""
     x = torch.stack([matrix("wide", 2.0, (40, 40)), 1e-5 * matrix("wide", 2.0, (40, 40))])[:, None]
     out = torch.empty_like(x)
-    assert intersection._by_products(x, torch.ones(1, dtype=torch.float64), out) is not None
+    assert excess._by_products(x, torch.ones(1, dtype=torch.float64), out) is not None
     torch.testing.assert_close(out, x - clipped(x), rtol=0, atol=1e-5)
 
 
@@ -156,14 +158,14 @@ def test_small_blocks_need_not_be_more_accurate() -> None:
 def test_what_is_not_finite_is_left_to_others(bad: float) -> None:
     x = torch.eye(40) * 2
     x[3, 4] = bad
-    assert intersection._by_products(x[None], torch.ones(1), torch.empty(1, 40, 40)) is None
+    assert excess._by_products(x[None], torch.ones(1), torch.empty(1, 40, 40)) is None
 
 
 # -- inside the projection ----------------------------------------------------------------------------------------------------
 
 
 def test_only_accelerators_take_products() -> None:
-    assert not intersection.products_pay(torch.zeros(1, 64, 64))
+    assert not excess.products_pay(torch.zeros(1, 64, 64))
 
 
 @pytest.mark.parametrize("ratio", RATIOS[1:])

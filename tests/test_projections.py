@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_hooks as sh
-from spectral_hooks import group_norms, intersection, projections
-from spectral_hooks.lattice import grid_norm, lattice_norm
+from spectral_hooks import projections
+from spectral_hooks.norms import groups as groups_of
+from spectral_hooks.norms.grid import grid_norm
+from spectral_hooks.norms.lattice import lattice_norm
+from spectral_hooks.projections import dual, frequencies
 
 projection = pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
 
@@ -269,7 +272,7 @@ def test_many_taps_cost_like_the_frequencies_and_not_times_the_taps(channels: tu
     symbols = symbols.unflatten(1, (groups, -1))
     level = 0.5 * float(torch.linalg.matrix_norm(symbols, 2).max())
     with _Largest() as largest:
-        clipped, _ = intersection.clip_kernel(op, op.canonical(), level, 3)
+        clipped, _ = dual.clip_kernel(op, op.canonical(), level, 3)
     fine = (2 * 6 * 20) ** 2
     assert largest.entries <= 2 * fine * kernel[..., 0, 0].numel()
     found = torch.fft.fft2(clipped, s=(480, 480)).permute(3, 4, 0, 1, 2)
@@ -285,7 +288,7 @@ def test_both_transforms_clip_alike(shape: tuple[int, ...], taps: tuple[int, ...
     op = sh.ConvOperator(kernel.flatten(0, 1), groups=shape[0])
     found = []
     for few in (0, 10**6):
-        monkeypatch.setattr(intersection, "_FEW_TAPS", few)
+        monkeypatch.setattr(frequencies, "_FEW_TAPS", few)
         found.append(projections.clip(op, 2.0, rounds=4))
         found.append(projections.band(op, 2.0, min_norm=1.0))
     # the norm between frequencies is found to a few parts in a million only
@@ -488,15 +491,15 @@ def test_norms_of_many_groups_together(channels: tuple[int, int], taps: tuple[in
     kernel *= torch.logspace(-8, 2, 9, dtype=torch.float64).reshape(-1, *(1,) * (kernel.ndim - 1))
     kernel[3] = 0
     singly = torch.tensor([lattice_norm(group, 1e-6).upper for group in kernel.split(1)], dtype=torch.float64)
-    together = group_norms.lattice_norms(kernel, 1e-3)
+    together = groups_of.lattice_norms(kernel, 1e-3)
     assert bool((together >= singly * (1 - 1.1e-6)).all())
     assert bool((together <= singly * (1 + 1.1e-3)).all())
     for goal in (0.5 * float(singly[5]), 1.01 * float(singly[5]), 1e-4 * float(singly[0]), 2 * float(singly.max())):
-        proven = group_norms.lattice_norms(kernel, 1e-3, goal) == goal
+        proven = groups_of.lattice_norms(kernel, 1e-3, goal) == goal
         assert torch.equal(proven, singly <= goal)
     sizes = tuple(2 * k for k in taps)
     exact = torch.tensor([grid_norm(group, sizes).upper for group in kernel.split(1)], dtype=torch.float64)
-    torch.testing.assert_close(group_norms.grid_norms(kernel, sizes), exact, rtol=1e-9, atol=1e-9 * float(exact.max()))
+    torch.testing.assert_close(groups_of.grid_norms(kernel, sizes), exact, rtol=1e-9, atol=1e-9 * float(exact.max()))
 
 
 # -- convolutions: near the true projection ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import spectral_hooks as sh
 from spectral_hooks import DenseOperator, as_operator
-from spectral_hooks.selection import select
+from spectral_hooks.weights.selection import select
 
 
 class Block(nn.Module):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 import spectral_hooks as sh
-from spectral_hooks import single_row
-from spectral_hooks.covering import certificates
-from spectral_hooks.group_norms import grid_norms, lattice_norms
-from spectral_hooks.lattice import grid_norm, lattice_norm, surely_below
-from spectral_hooks.operators import symbols
-from spectral_hooks.single_row import Row, suprema
+from spectral_hooks.linalg import gram as gram_module
+from spectral_hooks.linalg import symbols
+from spectral_hooks.norms import single_row
+from spectral_hooks.norms.grid import grid_norm
+from spectral_hooks.norms.groups import grid_norms, lattice_norms
+from spectral_hooks.norms.lattice import lattice_norm, surely_below
+from spectral_hooks.norms.proofs import certificates
+from spectral_hooks.norms.single_row import Row, suprema
 
 #: `(groups, rows, columns, *taps)`
 SHAPES = [
@@ -166,7 +168,7 @@ def test_large_depthwise_kernels_cost_less_than_a_transform(monkeypatch: pytest.
     """31×31 taps: no Gram polynomial of 1861 lags, and fewer frequencies than a grid of 1024²."""
     weight = torch.randn(8, 1, 31, 31, generator=torch.Generator().manual_seed(0)) / 31
     op = sh.ConvOperator(weight, padding=15, groups=8)
-    monkeypatch.setattr(symbols.Gram, "__init__", None)
+    monkeypatch.setattr(gram_module.Gram, "__init__", None)
     found: list[float] = []
     on_grid, at = evaluations(monkeypatch, lambda: found.append(float(sh.spectral_norm(op))))
     top = float(sampled(weight.double().unsqueeze(1), 1024).max())

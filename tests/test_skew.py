@@ -18,8 +18,8 @@ from spectral_hooks.parametrizations.cayley import cayley
 from spectral_hooks.parametrizations.conv_norm import conv_norm
 from spectral_hooks.parametrizations.remove import remove_spectral
 from spectral_hooks.parametrizations.rescaled import rescaled
-from spectral_hooks.parametrizations.skew import _bound, modulus_one, nearest, skew
-from spectral_hooks.selection import select
+from spectral_hooks.parametrizations.skew import modulus_one, nearest, skew, skew_bound
+from spectral_hooks.weights.selection import select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -189,11 +189,11 @@ def test_bound_of_skew_kernels(channels: int, dtype: torch.dtype) -> None:
     kernel = torch.randn(2, channels, channels, 3, 3, dtype=dtype)
     kernel = kernel - kernel.transpose(1, 2).flip(3, 4)
     norm = float(sh.spectral_norm(sh.ConvOperator(kernel.double().flatten(0, 1), padding=1, groups=2), rtol=1e-5))
-    bound = float(_bound(kernel))
+    bound = float(skew_bound(kernel))
     assert norm / 1.00001 <= bound <= (1.2 if channels <= 64 else 3) * norm
     for gain in (1e-25, 1e18):
-        assert float(_bound(kernel * gain)) == pytest.approx(gain * bound, rel=1e-5)
-    assert float(_bound(kernel * 0)) < 1e-30
+        assert float(skew_bound(kernel * gain)) == pytest.approx(gain * bound, rel=1e-5)
+    assert float(skew_bound(kernel * 0)) < 1e-30
 
 
 def test_bound_of_a_generator_with_equal_eigenvalues() -> None:
@@ -201,14 +201,14 @@ def test_bound_of_a_generator_with_equal_eigenvalues() -> None:
     half = torch.eye(32, dtype=torch.float64)
     kernel = torch.zeros(1, 64, 64, 3, 3, dtype=torch.float64)
     kernel[0, :32, 32:, 1, 1], kernel[0, 32:, :32, 1, 1] = half, -half
-    assert 1 <= float(_bound(kernel)) <= 1.17158 * 64 ** (1 / 64) * 1.0001
+    assert 1 <= float(skew_bound(kernel)) <= 1.17158 * 64 ** (1 / 64) * 1.0001
 
 
 def test_bound_has_the_gradient_of_the_norm() -> None:
     torch.manual_seed(0)
     kernel = torch.randn(2, 3, 3, 5, dtype=torch.float64)
     kernel = (kernel - kernel.transpose(1, 2).flip(3)).requires_grad_()
-    assert torch.autograd.gradcheck(_bound, kernel)
+    assert torch.autograd.gradcheck(skew_bound, kernel)
 
 
 def test_small_generators_are_not_scaled_up() -> None:

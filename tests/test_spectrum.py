@@ -12,11 +12,13 @@ from cases import FEW_CONVS, MATRICES, Case
 from torch import Tensor
 
 import spectral_hooks as sh
-from spectral_hooks import krylov
-from spectral_hooks.group_norms import grid_norms, lattice_norms
-from spectral_hooks.krylov import largest
-from spectral_hooks.lattice import grid_norm, lattice_norm, surely_below
-from spectral_hooks.operators.symbols import Gram, trim
+from spectral_hooks.linalg import cholesky, krylov
+from spectral_hooks.linalg.gram import Gram
+from spectral_hooks.linalg.krylov import largest
+from spectral_hooks.linalg.symbols import trim
+from spectral_hooks.norms.grid import grid_norm
+from spectral_hooks.norms.groups import grid_norms, lattice_norms
+from spectral_hooks.norms.lattice import lattice_norm, surely_below
 
 # -- the lattice norm -----------------------------------------------------------------------------------------------------
 
@@ -499,7 +501,7 @@ def test_chunks_of_one_frequency_are_complex_too(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     op = sh.ConvOperator(torch.randn(3, 2, 3, 3, dtype=torch.float64), padding=1).circular((4, 5))
     whole = sh.singular_values(op)
-    monkeypatch.setattr("spectral_hooks.spectrum._CHUNK_BYTES", 1)
+    monkeypatch.setattr("spectral_hooks.norms.singular_values._CHUNK_BYTES", 1)
     torch.testing.assert_close(sh.singular_values(op), whole, rtol=0, atol=1e-12)
 
 
@@ -515,7 +517,7 @@ def test_autocast_changes_nothing() -> None:
             torch.testing.assert_close(sh.projections.clip(op, 0.9 * float(plain)).norm(), op.weight.norm(), rtol=0.1, atol=0)
 
 
-# -- wide layers: above `hermitian.SMALL` channels norms are found by Krylov steps, not by eigenvalue solvers --------------
+# -- wide layers: above `lanczos.SMALL` channels norms are found by Krylov steps, not by eigenvalue solvers --------------
 
 
 def by_full_svd(weight: Tensor, points: int) -> float:
@@ -713,14 +715,14 @@ def test_the_largest_norm_on_a_grid_is_found_wherever_the_supremum_is(name: str)
 def test_fine_grids_take_fewer_tests_than_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells of the torus judge many frequencies at once."""
     factors = 0
-    factorize = sh.hermitian._factorize
+    factorize = cholesky._factorize
 
     def counted(rows, level, rounding):
         nonlocal factors
         factors += rows.number
         return factorize(rows, level, rounding)
 
-    monkeypatch.setattr(sh.hermitian, "_factorize", counted)
+    monkeypatch.setattr(cholesky, "_factorize", counted)
     grid_norm(smooth(40, 40, 3, 3)[None], (96, 96))
     assert factors <= 96**2 / 2 / 4
 

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import spectral_hooks as sh  # noqa: E402
 from spectral_hooks.integrations.transformers import HookCallback, SpectralClip  # noqa: E402
-from spectral_hooks.selection import select  # noqa: E402
+from spectral_hooks.weights.selection import select  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from spectral_hooks import ConvOperator, DenseOperator, SpectralClip, as_operator, projections, spectral_norm
-from spectral_hooks.weights import clipped_gain, full, leaves, write_
+from spectral_hooks.weights.gains import clipped_gain
+from spectral_hooks.weights.sharded import full
+from spectral_hooks.weights.writing import leaves, write_
 
 
 def test_a_plain_parameter_is_copied_into() -> None:

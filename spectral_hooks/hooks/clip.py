@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import projections
+from ..linalg.precision import widest
+from ..linalg.scaling import check_finite
+from ..norms.spectral_norm import spectral_norm
 from ..operators.base import KernelOperator
 from ..projections import Projection
-from ..selection import Patterns, Selection, Split, called, listed, named_layers, select
-from ..spectrum import check_finite, spectral_norm
-from ..targets import LoraTarget, Target
-from ..weights import clipped_gain, full, remember, write_gain_
+from ..projections.arguments import check_max_norm
+from ..weights.gains import clipped_gain, write_gain_
+from ..weights.names import called, named_layers
+from ..weights.patterns import Patterns, listed
+from ..weights.selection import Selection, Split, select
+from ..weights.sharded import full
+from ..weights.targets import LoraTarget, Target
+from ..weights.writing import remember
 from .attach import Handle, attach
 from .averages import Average, averaged, interpolated
 from .progress import shown
@@ -120,7 +127,7 @@ class SpectralClip:
         distribute: bool = False,
         record: bool = False,
     ) -> None:
-        projections.check_max_norm(max_norm)
+        check_max_norm(max_norm)
         for name, value in (("every", every), ("rounds", rounds)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive int; got {value!r}.")
@@ -199,7 +206,7 @@ class SpectralClip:
         if self.schedule is None:
             return self.max_norm
         bound = self.schedule(self.step)
-        projections.check_max_norm(bound)
+        check_max_norm(bound)
         return bound
 
     def attach(self, model: nn.Module, optimizer: Any) -> Handle:
@@ -426,7 +433,7 @@ class SpectralClip:
         scale = 1.0
         for _ in range(_ATTEMPTS):
             operators = self._gathered(target)
-            given = (scale * weight).double() if weight.device.type != "mps" else scale * weight  # Apple's GPUs have no float64
+            given = (scale * weight).to(widest(weight.device))
             off = max(_coarse_norm(op.with_weight(op.weight.to(given) - given)) for op in operators) / self.bound
             # what was given has at most `scale` times the bound
             if scale + off <= 1 + _TOLERANCE:

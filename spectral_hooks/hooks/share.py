@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..targets import LoraTarget
+from ..weights.targets import LoraTarget
 
 Item = TypeVar("Item")
 

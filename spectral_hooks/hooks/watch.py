@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from .. import projections
-from ..covering import certificates
-from ..hermitian import below_
-from ..intersection import clip_kernel
-from ..lattice import normalized
-from ..operators.base import KernelOperator, float32_is_kept, full_precision
+from ..linalg.cholesky import below_
+from ..linalg.precision import exact, float32_is_kept, full_precision, widest
+from ..linalg.scaling import normalized
+from ..norms.proofs import certificates
+from ..operators.base import KernelOperator
+from ..projections.dual import clip_kernel
+from ..projections.settle import settle
 
 #: Entries whose squares are summed in the precision of the kernel; longer sums are in float64.
 _BLOCK = 256
@@ -144,8 +146,8 @@ def _moved(op: KernelOperator, last: Known, unit: float) -> tuple[Tensor, float]
         return op.weight, inf
     # half precision would round the difference itself
     dtype = torch.promote_types(op.weight.dtype, torch.float32)
-    if abs(log2(unit)) > _SINGLE_RANGE and op.weight.device.type != "mps":
-        dtype = torch.float64
+    if abs(log2(unit)) > _SINGLE_RANGE and dtype != torch.float64:
+        dtype = widest(op.weight.device)
     difference = op.weight.detach().to(dtype) - last.weight.to(op.weight.device, dtype)
     kernel = op.with_weight(difference.div_(unit)).canonical()
     taps = prod(kernel.shape[3:])
@@ -164,7 +166,7 @@ def squared_lengths(kernels: Tensor) -> Tensor:
     parts = [flat[:, :whole].unflatten(1, (-1, _BLOCK))] if whole else []
     parts += [flat[:, None, whole:]] if whole < flat.shape[1] else []
     lengths = torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts], dim=1)
-    precise = (lengths.cpu() if lengths.device.type == "mps" else lengths).double()  # Apple's GPUs have no float64
+    precise = exact(lengths)
     return precise.square().sum(1) * (1 + (_BLOCK + 8) * torch.finfo(kernels.dtype).eps)
 
 
@@ -234,7 +236,7 @@ def keep_inside(
             elif estimate * (1 - depth / 4) > 1 - depth:  # not deeper than meant, and cheaper than to find out by how much
                 outside[i] = outside[i]._replace(op=op.with_weight(op.weight * (1 - depth / 4)))
     for i, (op, _, depth) in outside.items():
-        weight, norm = projections.settle(op, op.weight, max_norm, depth / 4)
+        weight, norm = settle(op, op.weight, max_norm, depth / 4)
         results[i] = weight, know(op, norm, weight)
     return [results[i] for i in range(len(ops))]
 
@@ -263,7 +265,7 @@ def _certified(moving: dict[int, _Moving], max_norm: float) -> dict[int, tuple[f
     def kernels() -> Iterator[tuple[int, Tensor]]:
         for i, item in moving.items():
             kernel = item.op.canonical().detach()
-            precise = (kernel.cpu() if kernel.device.type == "mps" else kernel).double()  # Apple's GPUs have no float64
+            precise = exact(kernel)
             yield i, precise * (item.op.lattice_factor / max_norm)
 
     found: dict[int, tuple[float, float]] = {}

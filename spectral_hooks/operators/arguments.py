@@ -8,8 +8,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
+from ..linalg.precision import full_precision
 from .adjoint import AdjointOperator
-from .base import KernelOperator, LinearOperator, full_precision
+from .base import KernelOperator, LinearOperator
 from .layers import as_operator
 
 P = ParamSpec("P")

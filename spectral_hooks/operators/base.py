@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..linalg.scaling import normalized
 
 Self = TypeVar("Self", bound="LinearOperator")
 SelfWithKernel = TypeVar("SelfWithKernel", bound="KernelOperator")
@@ -56,6 +57,10 @@ class LinearOperator(ABC):
     @abstractmethod
     def to(self: Self, dtype: torch.dtype) -> Self:
         """The same map with its numbers in another dtype."""
+
+    def of_order_one(self, dtype: torch.dtype) -> tuple[LinearOperator, float]:
+        """The map over a power of two, with numbers of order one and of this dtype, and that power."""
+        return self.to(dtype), 1.0
 
     @abstractmethod
     def matvec(self, x: Tensor) -> Tensor:
@@ -120,6 +125,10 @@ class KernelOperator(LinearOperator):
     def to(self: SelfWithKernel, dtype: torch.dtype) -> SelfWithKernel:
         return self.with_weight(self.weight.to(dtype))
 
+    def of_order_one(self, dtype: torch.dtype) -> tuple[LinearOperator, float]:
+        weight, scale = normalized(self.weight.detach())
+        return self.with_weight(weight.to(self.device, dtype)), scale
+
     def with_weight(self: SelfWithKernel, weight: Tensor) -> SelfWithKernel:
         """The same geometry with another weight of the same shape.
 
@@ -131,43 +140,6 @@ class KernelOperator(LinearOperator):
         other = copy.copy(self)
         other.weight = weight
         return other
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def full_precision(function: F) -> F:
-    """Run a function of an operator, or of several, without autocast, which would take float32 products in half precision."""
-
-    @functools.wraps(function)
-    def wrapped(op: LinearOperator | Sequence[LinearOperator], *args: Any, **kwargs: Any) -> Any:
-        ops = op if isinstance(op, Sequence) else (op,)
-        devices = {each.device.type for each in ops}
-
-        def run(left: list[str]) -> Any:
-            if not left:
-                return function(op, *args, **kwargs)
-            with torch.autocast(left[0], enabled=False):
-                return run(left[1:])
-
-        return run([device for device in devices if is_autocast(device)])
-
-    return cast(F, wrapped)
-
-
-def is_autocast(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    # older compilers cannot trace the question whether a type of device has autocast
-    available = device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
-    return available and torch.is_autocast_enabled(device)
-
-
-def float32_is_kept() -> bool:
-    """Whether float32 products are that, and not made of TF32 or bfloat16: bounds of rounding hold for nothing less."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by the newer interface, for single backends
-        return False
 
 
 def check_ends_with(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

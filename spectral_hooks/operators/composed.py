@@ -81,6 +81,10 @@ class ComposedOperator(LinearOperator):
     def to(self, dtype: torch.dtype) -> ComposedOperator:
         return ComposedOperator([op.to(dtype) for op in self.factors])
 
+    def of_order_one(self, dtype: torch.dtype) -> tuple[LinearOperator, float]:
+        factors, scales = zip(*(op.of_order_one(dtype) for op in self.factors), strict=True)
+        return ComposedOperator(factors), prod(scales)
+
     def collapsed(self) -> LinearOperator:
         """The same map with neighbours taken together wherever their product is one matrix or one kernel.
 

@@ -5,14 +5,31 @@ DDP and FSDP2 (`fully_shard`) work: parametrize first, shard afterwards; measure
 what a forward writes to gathered weights is lost.
 """
 
-from .cayley import cayley as cayley
-from .clipped import banded as banded
-from .clipped import clipped as clipped
-from .conv_norm import conv_norm as conv_norm
-from .group_shuffle import group_shuffle as group_shuffle
-from .orthogonal import orthogonal as orthogonal
-from .remove import remove_spectral as remove_spectral
-from .remove import spectral_report as spectral_report
-from .rescaled import rescaled as rescaled
-from .skew import skew as skew
-from .tensor_train import tensor_train as tensor_train
+from .cayley import cayley
+from .clipped import banded, clipped
+from .conv_norm import conv_norm
+from .group_shuffle import group_shuffle
+from .orthogonal import orthogonal
+from .remove import remove_spectral, spectral_report
+from .rescaled import rescaled
+from .skew import skew
+from .tensor_train import tensor_train
+
+#: Every parametrization, what takes it away again, and what tells of it.
+__all__ = [
+    "banded",
+    "cayley",
+    "clipped",
+    "conv_norm",
+    "group_shuffle",
+    "orthogonal",
+    "remove_spectral",
+    "rescaled",
+    "skew",
+    "spectral_report",
+    "tensor_train",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

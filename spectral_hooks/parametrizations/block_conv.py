@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linalg.precision import widest
 from .stiefel import nearest
 
 #: The factors of a kernel by name, those that it has: `exit`, `frames` of the projectors, `entry`.
@@ -156,7 +157,7 @@ def decompose(blocks: Blocks, weight: Tensor) -> Parts:
     its leading eigenvectors. No round goes away from the weight.
     """
     # rounding of the float32 kernel would decide between eigenvectors
-    w = weight.detach() if weight.device.type == "mps" else weight.detach().double()
+    w = weight.detach().to(widest(weight.device))
     if w.is_meta:
         return {name: w.new_empty(shape) for name, shape in blocks.shapes.items()}
     # the length only tells whether it is a product, which this is not, and its squares would overflow

@@ -7,9 +7,9 @@ from math import pi, prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from ..operators.symbols import product
+from ..linalg.symbols import product
 from .modules import OrthogonalConv, from_frequencies, to_frequencies
-from .stiefel import FAR, _polished, bounded
+from .stiefel import FAR, bounded, polished
 
 
 def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
@@ -132,4 +132,4 @@ def _cayley(x: Tensor) -> Tensor:
     upper, lower = x[..., :columns, :], x[..., columns:, :]
     identity = torch.eye(columns, dtype=x.dtype, device=x.device)
     inverse = torch.linalg.inv(identity + upper - upper.mH + lower.mH @ lower)
-    return _polished(torch.cat([2 * inverse - identity, -2 * lower @ inverse], -2))
+    return polished(torch.cat([2 * inverse - identity, -2 * lower @ inverse], -2))

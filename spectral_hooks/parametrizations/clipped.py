@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 
-from ..bounds import cosine_grid
-from ..krylov import matrix_norm
-from ..lattice import lattice_norm
+from ..linalg.krylov import matrix_norm
+from ..linalg.precision import full_precision
+from ..linalg.scaling import check_finite
+from ..linalg.symbols import half_plane, product, symbol
+from ..norms.bounds.cosine_grid import cosine_grid
+from ..norms.lattice import lattice_norm
 from ..operators import as_operator
-from ..operators.base import KernelOperator, full_precision
-from ..operators.symbols import half_plane, product, symbol
-from ..projections import check_max_norm
-from ..spectrum import check_finite
+from ..operators.base import KernelOperator
+from ..projections.arguments import check_max_norm
 from .modules import At, Memory, exported, may_follow, start_inside, unrecorded, without_autocast
 from .remove import register
 from .rescaled import Rescaled, bounded, unit_scale

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linalg.precision import widest
+from ..linalg.symbols import product, symbol
 from ..operators import ConvOperator, KernelOperator, as_operator
 from ..operators.padding import pad
-from ..operators.symbols import product, symbol
 from .modules import CONV, Memory, convolution, from_frequencies, plain, take_over, to_frequencies
 from .stiefel import held
 
@@ -140,7 +141,7 @@ class ConvNorm(nn.Module):
         # on the lattice: whether the stride divides the size makes no difference to a row by itself
         op = self._operator(weight, padding_mode="zeros")
         working = torch.promote_types(weight.dtype, torch.float32)
-        kernel = op.canonical().to(working if weight.device.type == "mps" else torch.float64)
+        kernel = op.canonical().to(torch.promote_types(working, widest(weight.device)))
         taps = tuple(kernel.shape[3:])
         # one of each pair ±θ: half of the last axis, where all but 0 stand for two
         halved = [*(2 * k - 1 for k in taps[:-1]), taps[-1]]

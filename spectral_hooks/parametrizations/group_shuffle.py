@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
+from ..linalg.precision import exact
+from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, as_operator
 from ..operators.padding import pad
-from ..spectrum import check_finite
 from .modules import CONV, Memory, OrthogonalConv, Unstrided
 from .remove import check_assigned, register
-from .skew import _bound, modulus_one
-from .stiefel import _polished, bounded, householder, in_full_precision, lengths, origin, polar
+from .skew import modulus_one, skew_bound
+from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar, polished
 from .tensor_train import as_stored, by_groups
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -215,14 +216,14 @@ class GroupShuffleConv(OrthogonalConv):
         """The kernel of `J`, no longer than one."""
         kernel = weight.to(self.geometry.wide(weight)).unflatten(0, (self.geometry.groups * self.blocks, -1))
         kernel = kernel - kernel.transpose(1, 2).flip(tuple(range(3, kernel.ndim)))
-        return kernel.flatten(0, 1) / _bound(kernel).clamp(min=1.0).to(kernel.dtype)
+        return kernel.flatten(0, 1) / skew_bound(kernel).clamp(min=1.0).to(kernel.dtype)
 
     @torch.no_grad()
     def _converted(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`weight` and `mixing` for a kernel `K`: `Q` near its middle tap, `J` the skew part of the blocks of `K Qᵀ`."""
         geometry = self.geometry
         middle: Any = (..., *geometry.radius)
-        kernel = geometry.kernel(weight.to("cpu" if weight.device.type == "mps" else weight.device).double())
+        kernel = geometry.kernel(exact(weight))
         missing = geometry.columns - geometry.rows
         mixing = _near(F.pad(kernel[middle], (0, max(-missing, 0), 0, max(missing, 0))), self.blocks)
         turned = torch.einsum("goi...,gpi->gop...", kernel, self._frame(mixing))
@@ -332,7 +333,7 @@ class _Fused(torch.autograd.Function):
         triangle = torch.bmm(v.mT, v).mul_(below.mT).add_(eye, alpha=0.5)
         ut = torch.linalg.solve_triangular(triangle, v.mT, upper=True)
         signs = x.diagonal(dim1=1, dim2=2).lt(0).to(x.dtype).mul_(2).sub_(1)
-        q = _polished(torch.baddbmm(eye, v, ut, alpha=-1)).mul_(signs.unsqueeze(1))
+        q = polished(torch.baddbmm(eye, v, ut, alpha=-1)).mul_(signs.unsqueeze(1))
         columns, rows = _meeting(q.view(2, -1, b, b), k)
         ctx.save_for_backward(free, below, v, norms, ut, signs, q, columns, rows)
         return _dealt_out(torch.bmm(columns, rows), k)
@@ -356,7 +357,7 @@ class _Fused(torch.autograd.Function):
 
 def _near(matrices: Tensor, blocks: int) -> Tensor:
     """What `_matrix` takes to matrices near these, `(groups, n, n)`, or to these if they are of its form."""
-    wide = matrices.to("cpu" if matrices.device.type == "mps" else matrices.device).double()
+    wide = exact(matrices)
     pairs = [_factors(matrix, blocks) for matrix in wide]
     sides = torch.stack([torch.stack(side) for side in zip(*pairs, strict=True)])
     return origin("householder", sides)[0].to(matrices)
@@ -434,4 +435,4 @@ def _rotations(free: Tensor, size: int) -> Tensor:
     lower = free.new_zeros(*free.shape[:-1], size * size).index_copy(-1, rows * size + columns, free)
     lower = bounded(lower.unflatten(-1, (size, size)))
     eye = torch.eye(size, dtype=free.dtype, device=free.device)
-    return _polished(torch.linalg.inv(torch.add(eye / 2, lower.mT - lower, alpha=1 / 8)) - eye)
+    return polished(torch.linalg.inv(torch.add(eye / 2, lower.mT - lower, alpha=1 / 8)) - eye)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
+from ..linalg.precision import is_autocast
 from ..operators import ConvOperator, KernelOperator, as_operator
-from ..operators.base import is_autocast
 from .remove import check_whole, remove_spectral, spectral_tensors
 
 Value = TypeVar("Value")

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..bounds import Bound
+from ..linalg.precision import device_with_float64, full_precision, widest
+from ..linalg.symbols import product, symbol
+from ..norms.bounds.certified import Bound
 from ..operators import as_operator
-from ..operators.base import KernelOperator, full_precision
-from ..operators.symbols import product, symbol
-from ..projections import check_max_norm
+from ..operators.base import KernelOperator
+from ..projections.arguments import check_max_norm
 from .modules import At, Memory, exported, may_follow, start_inside, without_autocast
 from .remove import register
 
@@ -252,7 +253,7 @@ def _wide(weight: Tensor) -> Tensor:
 def unit_scale(weight: Tensor) -> Tensor:
     """The power of two that takes the largest entry to [1, 2), or as near as it can itself be a number of the dtype."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    largest = torch.linalg.vector_norm(weight.detach(), inf).to(_result_dtype(weight))
+    largest = torch.linalg.vector_norm(weight.detach(), inf).to(result_dtype(weight))
     most = -log2(torch.finfo(wide).smallest_normal)
     return largest.log2().floor().clamp(-most, most).neg().exp2()
 
@@ -266,7 +267,7 @@ def _rounding(op: KernelOperator, dtype: torch.dtype) -> Tensor:
     """What rounding the entries of the scaled weight to a dtype can add to its norm: `‖E‖₂ ≤ √taps ‖E‖_F`, group by group."""
     kernel = op.canonical().detach()
     unit = torch.finfo(dtype).eps / 2 + torch.finfo(kernel.dtype).eps
-    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1, dtype=_result_dtype(kernel)).amax()
+    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1, dtype=result_dtype(kernel)).amax()
     return largest * (unit * sqrt(prod(kernel.shape[3:])) * op.padding_factor)
 
 
@@ -303,7 +304,7 @@ def quick(op: KernelOperator) -> Tensor:
     kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     if kernel.shape[1] > kernel.shape[2]:
         kernel = kernel.transpose(1, 2)
-    sizes, factor = _grid(kernel)
+    sizes, factor = sampling_grid(kernel)
     if not sizes:
         kernel = kernel.flatten(2)
     # of two conjugate frequencies one is enough
@@ -319,7 +320,7 @@ def quick(op: KernelOperator) -> Tensor:
     return norm * (upper / norm.detach().clamp(min=_TINY) * (factor * op.padding_factor * rounding))
 
 
-def _grid(kernel: Tensor) -> tuple[list[int], float]:
+def sampling_grid(kernel: Tensor) -> tuple[list[int], float]:
     """Frequencies per axis and the factor that makes a bound of their maximum; none where the reshaped kernel has to do."""
     degrees = [k - 1 for k in kernel.shape[3:]]
     taps = prod(kernel.shape[3:])
@@ -346,8 +347,8 @@ def _pick(items: Tensor, index: Tensor) -> Tensor:
 )
 def _largest(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which block has the largest norm (an index of shape 1), its singular vectors `u*` and `v`, and a bound of the norm."""
-    device, dtype = kernel.device, _result_dtype(kernel)
-    kernel = kernel.to("cpu" if device.type == "mps" else device)
+    device, dtype = kernel.device, result_dtype(kernel)
+    kernel = kernel.to(device_with_float64(device))
     scale = torch.linalg.vector_norm(kernel, inf).to(torch.float64).clamp(min=_TINY)
     kernel = kernel.to(torch.float64) / scale
     blocks = _blocks(kernel, theta.to(kernel))
@@ -375,12 +376,12 @@ def _largest(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 def _(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     vector = torch.complex128 if theta.shape[1] else torch.float64
     left, right = (kernel.new_empty(n, dtype=vector) for n in kernel.shape[1:3])
-    return kernel.new_empty(1, dtype=torch.long), left, right, kernel.new_empty((), dtype=_result_dtype(kernel))
+    return kernel.new_empty(1, dtype=torch.long), left, right, kernel.new_empty((), dtype=result_dtype(kernel))
 
 
-def _result_dtype(kernel: Tensor) -> torch.dtype:
+def result_dtype(kernel: Tensor) -> torch.dtype:
     """Apple's GPUs have no float64."""
-    return torch.float32 if kernel.device.type == "mps" else torch.float64
+    return widest(kernel.device)
 
 
 def _krylov(grams: Tensor) -> tuple[Tensor, Tensor]:

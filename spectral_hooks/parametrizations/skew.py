@@ -8,11 +8,12 @@ from math import asinh, cosh, pi, prod, sin, sinh, sqrt
 import torch
 from torch import Tensor, nn
 
+from ..linalg.precision import widest
+from ..linalg.symbols import half_plane, symbol
 from ..operators import ConvOperator
 from ..operators.padding import pad
-from ..operators.symbols import half_plane, symbol
 from .modules import CONV, OrthogonalConv
-from .rescaled import _grid, _result_dtype, quick
+from .rescaled import quick, result_dtype, sampling_grid
 from .stiefel import held
 
 #: How far, below one, the squared modulus of the polynomial may fall.
@@ -152,7 +153,7 @@ class SkewConv(OrthogonalConv):
             # of M Cᵀ
             kernel = (taps @ frames.mT.unsqueeze(1)).movedim(1, -1).unflatten(3, kernel.shape[3:])
         kernel = kernel - kernel.transpose(1, 2).flip(tuple(range(3, kernel.ndim)))
-        return kernel.flatten(0, 1) / _bound(kernel).clamp(min=1.0).to(kernel.dtype), frame
+        return kernel.flatten(0, 1) / skew_bound(kernel).clamp(min=1.0).to(kernel.dtype), frame
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def nearest(x: Tensor) -> Tensor:
         return nearest(x.mT).mT
     fixed = held(x)
     with torch.no_grad():
-        wide = fixed if x.device.type == "mps" else fixed.double()
+        wide = fixed.to(widest(x.device))
         # solvers raise on NaN, which the skew part shows
         u, s, vh = torch.linalg.svd(torch.nan_to_num(wide), full_matrices=False)
         u, s, vh, result = (part.to(x.dtype) for part in (u, s, vh, u @ vh))
@@ -176,7 +177,7 @@ def nearest(x: Tensor) -> Tensor:
     return result + (u @ inside + outside) @ vh
 
 
-def _bound(kernel: Tensor) -> Tensor:
+def skew_bound(kernel: Tensor) -> Tensor:
     """An upper bound of the norm of skew kernels of stride 1, `(groups, n, n, *taps)`; 0-d. On the grid that `quick` takes,
 
         max_θ ‖J(θ)‖ ≤ factor · max_{θ on the grid} ‖J(θ)^(2^t)‖_F^(1 / 2^t),
@@ -184,7 +185,7 @@ def _bound(kernel: Tensor) -> Tensor:
     since `J(θ)` is normal: matrix products in place of its eigenvalues. Without a grid, `quick`. The derivative is that at the
     winner.
     """
-    sizes, factor = _grid(kernel)
+    sizes, factor = sampling_grid(kernel)
     if not sizes:
         radius = [k // 2 for k in kernel.shape[3:]]
         return quick(ConvOperator(kernel.flatten(0, 1), padding=radius, groups=len(kernel)))
@@ -202,12 +203,12 @@ def _powered(kernel: Tensor, theta: Tensor) -> Tensor:
     """`‖J(θ)^(2^t)‖_F^(1 / 2^t)`, for every frequency and group."""
     taps = prod(kernel.shape[3:])
     # the largest norm of the symbol lies between the Frobenius norm over √n and times √taps, so no power overflows
-    length = torch.linalg.vector_norm(kernel.detach().flatten(1), dim=1, dtype=_result_dtype(kernel)).amax()
+    length = torch.linalg.vector_norm(kernel.detach().flatten(1), dim=1, dtype=result_dtype(kernel)).amax()
     scale = (length * (taps / kernel.shape[1]) ** 0.25).clamp(min=torch.finfo(kernel.dtype).tiny)
     power = symbol(kernel / scale.to(kernel.dtype), theta).flatten(0, 1)
     for _ in range(_SQUARINGS):
         power = power @ power
     parts = torch.view_as_real(power).flatten(1)
-    lengths = torch.linalg.vector_norm(parts, dim=1, dtype=_result_dtype(parts))
+    lengths = torch.linalg.vector_norm(parts, dim=1, dtype=result_dtype(parts))
     # a root has no derivative at zero
     return lengths.clamp(min=torch.finfo(lengths.dtype).tiny).pow(2.0**-_SQUARINGS) * scale

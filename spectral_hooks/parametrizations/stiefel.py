@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..operators.base import is_autocast
+from ..linalg.precision import is_autocast, widest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,15 +107,15 @@ def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
     if p == q:
         base = _identity(x) if base is None else base
         b = torch.add(eye / 2, x.mT - x, alpha=1 / 8)
-        return _polished(torch.linalg.solve(b, base, left=False) - base)
+        return polished(torch.linalg.solve(b, base, left=False) - base)
     if base is None:  # U stands on top of V
         u, v = x.tensor_split((q,), -2)
         inverse = torch.linalg.inv(torch.add(eye / 2, u.mT - u + v.mT @ v, alpha=1 / 8))
-        return _polished(torch.cat([inverse - eye, v @ inverse / 2], -2))
+        return polished(torch.cat([inverse - eye, v @ inverse / 2], -2))
     u = base.mT @ x
     v = x - base @ u
     b = torch.add(eye / 2, u.mT - u + v.mT @ v, alpha=1 / 8)
-    return _polished(torch.linalg.solve(b, base + v / 2, left=False) - base)
+    return polished(torch.linalg.solve(b, base + v / 2, left=False) - base)
 
 
 @in_full_precision
@@ -137,7 +137,7 @@ def exponential(x: Tensor, base: Tensor | None = None) -> Tensor:
     x = bounded(x)
     base = _identity(x) if base is None else base
     if p == q:
-        return _polished(base @ torch.linalg.matrix_exp((x - x.mT) / 2))
+        return polished(base @ torch.linalg.matrix_exp((x - x.mT) / 2))
     u = base.mT @ x
     half = (u - u.mT) / 4
     w = x - base @ (u - half)
@@ -147,7 +147,7 @@ def exponential(x: Tensor, base: Tensor | None = None) -> Tensor:
     # exp(A Bᵀ) Y = Y + A φ(BᵀA) BᵀY with φ(z) = (eᶻ - 1) / z, the corner of the exponential of [[BᵀA, BᵀY], [0, 0]]
     top = torch.cat([right.mT @ left, right.mT @ base], -1)
     block = torch.cat([top, top.new_zeros(*top.shape[:-2], q, 3 * q)], -2)
-    return _polished(base + left @ torch.linalg.matrix_exp(block)[..., : 2 * q, 2 * q :])
+    return polished(base + left @ torch.linalg.matrix_exp(block)[..., : 2 * q, 2 * q :])
 
 
 @in_full_precision
@@ -174,7 +174,7 @@ def qr(x: Tensor) -> Tensor:
         q = q * _signs(r).unsqueeze(-2)
     # the same Q for x R⁻¹, whose own triangle is the identity: derivatives of every order have nothing small to divide by
     frame, triangle = torch.linalg.qr(q + (x - fixed) @ step)
-    return _polished(frame) * _signs(triangle).unsqueeze(-2)
+    return polished(frame) * _signs(triangle).unsqueeze(-2)
 
 
 @in_full_precision
@@ -201,7 +201,7 @@ def householder(x: Tensor) -> Tensor:
     gram = v.mT @ v
     t = gram.triu(1) + torch.eye(q, dtype=x.dtype, device=x.device) / 2
     product = _identity(x) - v @ torch.linalg.solve_triangular(t, v[..., :q, :].mT, upper=True)
-    return _polished(product) * -_signs(x).unsqueeze(-2)
+    return polished(product) * -_signs(x).unsqueeze(-2)
 
 
 #: Every map by its name, and whether it takes a base. The latter start at zero.
@@ -255,7 +255,7 @@ def polar(x: Tensor) -> Tensor:
 
     Source: Fan and Hoffman (1955).
     """
-    wide = x if x.device.type == "mps" else x.double()
+    wide = x.to(widest(x.device))
     u, _, vh = torch.linalg.svd(wide, full_matrices=False)
     return (u @ vh).to(x.dtype)
 
@@ -271,7 +271,7 @@ def lengths(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v / largest, dim=-2, keepdim=True) * largest
 
 
-def _polished(q: Tensor) -> Tensor:
+def polished(q: Tensor) -> Tensor:
     """`Q (I + E)^(-1/2)` for `QᵀQ = I + E`, up to its third order, held constant in the derivative: takes an error that grows
     with the map's condition to some of its cube."""
     with torch.no_grad():

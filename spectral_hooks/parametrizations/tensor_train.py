@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linalg.precision import exact
+from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, DenseOperator, KernelOperator, as_operator
-from ..spectrum import check_finite
 from .remove import check_whole
 from .stiefel import cayley, in_full_precision, inverse_cayley
 
@@ -242,7 +243,7 @@ class TensorTrain(nn.Module):
         """The core, what its frames are made from, and the error, for a plain weight; all in its dtype and on its device."""
         kernel = by_groups(weight, self.groups, self.transposed)
         # Apple's GPUs have no float64
-        kernel = kernel.to("cpu" if kernel.device.type == "mps" else kernel.device).double()
+        kernel = exact(kernel)
         free = [inverse_cayley(_frame(kernel, axis, r)).to(weight) for axis, r in zip((1, 2), self.ranks[::-1], strict=True)]
         # with the frames as they are after rounding, so that at full rank nothing is lost but that
         outer, inner = (cayley(x).to(kernel) for x in free)

@@ -21,8 +21,8 @@ import torch
 from norms import SHAPES, Case, kernel, numpy_blocks
 
 import spectral_hooks as sh
-from spectral_hooks.intersection import clip_kernel
-from spectral_hooks.lattice import normalized
+from spectral_hooks.linalg.scaling import normalized
+from spectral_hooks.projections.dual import clip_kernel
 
 
 def numpy_clip(case: Case, bound: float) -> torch.Tensor:

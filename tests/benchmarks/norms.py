@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 import spectral_hooks as sh
-from spectral_hooks import bounds, estimates
+from spectral_hooks import bounds
+from spectral_hooks.norms import estimates
 
 
 @dataclass

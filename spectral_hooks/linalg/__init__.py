@@ -1,0 +1,1 @@
+"""Matrices and trigonometric polynomials, which know of no layer."""

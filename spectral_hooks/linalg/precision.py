@@ -1,0 +1,65 @@
+"""In which precision things are computed: what autocast, TF32 and devices without float64 would take away."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float64; on the host where the device has none, as Apple's GPUs."""
+    return x.to(device_with_float64(x.device), torch.float64)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise dtype that a device has: float64, but for Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def device_with_float64(device: torch.device) -> torch.device:
+    """The device, or the host where it has no float64."""
+    return device if widest(device) == torch.float64 else torch.device("cpu")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of this one is computed with."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def full_precision(function: F) -> F:
+    """Run a function of something on a device, or of several, without autocast, which would take products in half precision."""
+
+    @functools.wraps(function)
+    def wrapped(op: Any, *args: Any, **kwargs: Any) -> Any:
+        devices = {each.device.type for each in (op if isinstance(op, Sequence) else (op,))}
+
+        def run(left: list[str]) -> Any:
+            if not left:
+                return function(op, *args, **kwargs)
+            with torch.autocast(left[0], enabled=False):
+                return run(left[1:])
+
+        return run([device for device in devices if is_autocast(device)])
+
+    return cast(F, wrapped)
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    # older compilers cannot trace the question whether a type of device has autocast
+    available = device != "meta" if torch.compiler.is_compiling() else torch.amp.autocast_mode.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
+def float32_is_kept() -> bool:
+    """Whether float32 products are that, and not made of TF32 or bfloat16: bounds of rounding hold for nothing less."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by the newer interface, for single backends
+        return False

@@ -1,0 +1,39 @@
+"""A function of the singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..linalg.scaling import check_finite, normalized
+from ..operators.base import KernelOperator
+from .dual import crop_kernel, grid_symbols
+from .outside import unchanged
+from .settle import fitting, in_dtype
+
+
+def map_singular_values(op: KernelOperator, max_norm: float, function: Callable[[Tensor, float], Tensor]) -> tuple[Tensor, float]:
+    """A function of the singular values and the bound, of a matrix exactly, of a convolution on the clip's grid, cropped.
+
+    Returns a float64 weight and what to multiply it with: the function is homogeneous, and sees numbers of order one.
+    """
+    check_finite(op.weight)
+    kernel, scale = normalized(op.canonical())
+    blocks = grid_symbols(op, kernel)
+    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+    # not the kernel and a change, which would cancel where the bound is far below the norm
+    mapped = (u * function(s, max_norm / scale).unsqueeze(-2)) @ vh
+    return op.from_canonical(crop_kernel(op, kernel, mapped)), scale
+
+
+def changed(op: KernelOperator, max_norm: float, function: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """`mapped` in the dtype of the operator's weight, without a guarantee of its norm."""
+    if op.weight.numel() == 0:
+        return unchanged(op)
+    unit, scale = map_singular_values(op, max_norm, function)
+    if not bool(torch.isfinite(unit).all()):
+        raise ValueError(f"the norm is so far above `max_norm` {max_norm} that the result is not finite: use `clip` first.")
+    scales = torch.full((len(op.canonical()),), scale, dtype=torch.float64, device=unit.device)
+    return in_dtype(unit, fitting(unit, scales, op.weight), op.weight)

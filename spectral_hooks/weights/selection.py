@@ -1,0 +1,223 @@
+"""Which layers of a model a hook acts on, and why not on the others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from ..operators import DenseOperator, as_operator
+from ..operators.layers import is_adapter, lora_factors
+from .names import a_kind, called, holds_packed, is_trainable, named_layers, naming, type_name
+from .patterns import Pattern, Patterns, listed, matcher, what_matches
+from .places import memory_of, overlap
+from .targets import LoraTarget, Target
+from .writing import Held, check_writable, held
+
+#: Parts of a fused projection's outputs: so many equal ones, or their sizes.
+Parts = int | Sequence[int]
+Split = Mapping[Pattern, Parts] | None
+_LORA = ("merged", "product")
+
+
+@dataclass
+class Selection:
+    """The weights to act on, in the model's order, and the reason for each layer that is not among them."""
+
+    targets: list[Target | LoraTarget] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    #: Of the skipped, for want of support: their parameters of two or more dimensions, embeddings not counted.
+    free: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def select(
+    model: nn.Module, layers: Patterns = None, exclude: Patterns = None, *, split: Split = None, lora: str = "merged"
+) -> Selection:
+    """Choose layers by glob on qualified names, by type, or by predicate.
+
+    A glob matches a layer's name or that of any module around it: `"encoder"` is everything inside, `"*.conv1"` every such
+    layer. Each weight is chosen once, however many layers share it. Names are those of the plain model: what wrappers prefix
+    (compiling, data-parallel, Fabric's, Opacus') is taken off. A linear layer with LoRA adapters is one layer; its factors are
+    never apart.
+
+    Every parameter of two or more dimensions is in a target, or `skipped` has the reason under its layer's name, or under its own
+    if its layer is chosen and makes another use of it.
+
+    Args:
+        model: any module.
+        layers: what to choose; None for every supported layer.
+        exclude: what to leave out, even if chosen by `layers`.
+        split: linear layers whose outputs are several maps side by side (fused query, key and value; heads), and their parts: a
+            number of equal ones, or their sizes. Each part becomes a target of its own; all other layers are whole.
+        lora: "merged" for the weight together with its LoRA adapters, "product" for the adapters' `scaling · B A` alone.
+
+    Raises:
+        ValueError: a glob that matches nothing; an unsupported layer, or one without weights, named in full; a layer whose weight
+            is computed with no way to set it; layers that use the same parameters in different ways; parts that do not fit; or
+            nothing left to act on.
+        TypeError: a pattern of another type.
+    """
+    modules = dict(named_layers(model))
+    wanted = matcher("layers", layers, modules) if layers is not None else lambda name: True
+    unwanted = matcher("exclude", exclude, modules) if exclude is not None else lambda name: False
+    explicit = {p for p in listed(layers) if isinstance(p, str)}
+    if not isinstance(split, (Mapping, type(None))):
+        raise TypeError(f"`split` must map patterns to parts, like {{'*.c_attn': 3}}; got {split!r}.")
+    parts = {name: p for pattern, p in (split or {}).items() for name in filter(matcher("split", pattern, modules), modules)}
+    if lora not in _LORA:
+        raise ValueError(f"`lora` must be one of {', '.join(map(repr, _LORA))}; got {lora!r}.")
+
+    for name in explicit & set(modules):
+        if not any(_has_weight(part) for part in modules[name].modules()):
+            raise ValueError(f"`layers` names {name}, {a_kind(modules[name])}, which has no weight.")
+
+    result = Selection()
+    owners: dict[object, _Owner] = {}
+    neighbours: dict[object, list[_Owner]] = defaultdict(list)  # by the memory of their parameters
+    unsupported: set[str] = set()
+    for name, layer in modules.items():
+        if not _has_weight(layer):
+            continue
+        if unwanted(name):
+            result.skipped[name] = "excluded"
+        elif not wanted(name):
+            result.skipped[name] = "not among `layers`"
+        elif reason := _unsupported(layer):
+            if name in explicit:
+                raise ValueError(f"`layers` names {name or 'the model itself'}, but {reason}")
+            result.skipped[name] = reason
+            unsupported.add(name)
+        elif is_adapter(layer) and lora_factors(layer):
+            for part, outputs in _parts(name, layer, parts.get(name)):
+                base = None if lora == "product" else Target(part, [layer.base_layer], outputs)
+                result.targets.append(LoraTarget(part, [layer], outputs, base))
+        elif is_adapter(layer) and lora == "product":
+            result.skipped[name] = "no LoRA adapter is active"
+        else:
+            layer = layer.base_layer if is_adapter(layer) else layer
+            how = held(layer)
+            if how.weight.numel() == 0:
+                result.skipped[name] = f"its weight is empty, of shape {tuple(how.weight.shape)}"
+                continue
+            with naming(name):
+                check_writable(layer)
+            # a matrix and its transpose are one weight
+            shape = sorted(how.weight.shape) if isinstance(as_operator(layer), DenseOperator) else how.weight.shape
+            key = how.place, tuple(shape)
+            if key in owners:
+                owners[key].share(name, layer, how)
+                result.skipped[name] = f"shares the weight of {owners[key].targets[0].name or 'the model itself'}"
+            else:
+                targets = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts.get(name))]
+                owners[key] = _Owner(name, how, targets)
+                for memory in {memory_of(leaf) for leaf in how.leaves}:
+                    for owner in neighbours[memory]:
+                        owner.check_apart(name, how)
+                    neighbours[memory].append(owners[key])
+                result.targets += targets
+    if not result.targets:
+        reasons = [f"{name or 'the model itself'}: {reason}" for name, reason in list(result.skipped.items())[:5]]
+        matched = (
+            [what_matches("layers", layers, modules), what_matches("exclude", exclude, modules)] if reasons or layers else []
+        )
+        found = "; ".join([each for each in matched if each] + reasons) or "it has no weights"
+        raise ValueError(f"no layer to act on is left in {type(model).__name__} ({found}).")
+    _account(result, modules, unsupported)
+    return result
+
+
+@dataclass
+class _Owner:
+    """The first layer that has a weight, how it holds it, and the targets that were made of it."""
+
+    name: str
+    how: Held
+    targets: list[Target]
+
+    def share(self, name: str, layer: nn.Module, how: Held) -> None:
+        """Another layer has the same weight."""
+        turned = how.weight.shape != self.how.weight.shape or how.weight.stride() != self.how.weight.stride()
+        made_alike = how.plain or how.is_view or torch.equal(self.how.weight, how.weight)
+        if not made_alike or (turned and self.targets[0].outputs is not None):
+            raise ValueError(self._clash(name))
+        for target in self.targets:
+            target.layers.append(layer)
+
+    def check_apart(self, name: str, how: Held) -> None:
+        """Refuse a layer that makes another weight of the same parameters: what is written to one would change the other."""
+        if how.is_view and self.how.is_view:
+            clash = overlap(self.how.weight, how.weight)
+        else:
+            clash = any(overlap(one, other) for one in self.how.leaves for other in how.leaves)
+        if clash:
+            raise ValueError(self._clash(name))
+
+    def _clash(self, name: str) -> str:
+        return (
+            f"{called(name)} and {called(self.name)} use the same parameters in different ways, so that a projection of one "
+            "would change the other: exclude one of them."
+        )
+
+
+def _account(result: Selection, modules: dict[str, nn.Module], unsupported: set[str]) -> None:
+    """Give the reason of every parameter of two or more dimensions that no target has; some are free for want of support."""
+    bounded = {id(leaf): target.name for target in result.targets for leaf in target.leaves()}
+    for name, layer in modules.items():
+        own = [(key, p) for key, p in _own_parameters(layer) if p.ndim > 1]
+        left = [(key, p) for key, p in own if id(p) not in bounded]
+        if name in unsupported and own and not left:
+            kind = type_before_parametrizations(layer).__name__
+            result.skipped[name] = f"the weight of this {kind} is bounded as that of {bounded[id(own[0][1])]}"
+        elif name in unsupported and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            result.free[name] = [p for _, p in left]
+        elif name not in result.skipped:
+            for key, p in left:
+                qualified = f"{name}.{key}" if name else key
+                isometric = key in getattr(layer, "isometries", ())
+                why = "makes an isometry" if isometric else f"not a part of the weight that {called(name)} is bounded by"
+                result.skipped[qualified] = why
+                if not (isometric or is_adapter(layer)):  # of an adapter, what is not active
+                    result.free[qualified] = [p]
+
+
+def _parts(name: str, layer: nn.Module, parts: Parts | None) -> list[tuple[str, slice | None]]:
+    """A name and the outputs of each part of a layer."""
+    if parts is None:
+        return [(name, None)]
+    op = as_operator(layer)
+    if not isinstance(op, DenseOperator):
+        raise ValueError(f"`split` is for linear layers; {name} is a {type(layer).__name__}.")
+    (out,) = op.out_shape
+    sizes = [out // parts] * parts if isinstance(parts, int) and parts > 0 else list(parts) if isinstance(parts, Sequence) else []
+    if sum(sizes) != out or min(sizes) < 1:
+        raise ValueError(f"`split` of {name} must be a divisor of its {out} outputs, or sizes that sum to them; got {parts!r}.")
+    return [(f"{name}[{start}:{stop}]", slice(start, stop)) for start, stop in pairwise(accumulate(sizes, initial=0))]
+
+
+def _unsupported(layer: nn.Module) -> str | None:
+    """Why a layer has no operator whose norm can be bounded without an input size."""
+    if not is_trainable(layer):
+        return (
+            f"the weight of this {type_name(layer)} is no parameter (quantized or packed), so it does not train and cannot be set"
+        )
+    try:
+        as_operator(layer).lattice_factor  # noqa: B018 (asked for its error)
+    except (TypeError, NotImplementedError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A layer's parameters, those behind its parametrizations, and all that an adapter holds."""
+    yield from layer.named_parameters(recurse=is_adapter(layer))
+    if is_parametrized(layer) and not is_adapter(layer):
+        yield from ((f"parametrizations.{name}", p) for name, p in layer.parametrizations.named_parameters())  # type: ignore[union-attr]
+
+
+def _has_weight(layer: nn.Module) -> bool:
+    return is_trainable(layer) or holds_packed(layer)
