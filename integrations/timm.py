@@ -15,9 +15,9 @@ from torch import nn
 from spectral_hooks import hooks, parametrizations, projections
 from spectral_hooks.parametrizations.remove import remove_spectral as remove_spectral
 from spectral_hooks.parametrizations.remove import spectral_report as spectral_report
-from spectral_hooks.selection import Target
 from spectral_hooks.weights.patterns import Patterns
 from spectral_hooks.weights.selection import select
+from spectral_hooks.weights.targets import Target
 
 Model = TypeVar("Model", bound=nn.Module)
 

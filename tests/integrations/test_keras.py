@@ -28,7 +28,7 @@ if keras.config.backend() != "torch":
 import spectral_hooks as sh  # noqa: E402
 from spectral_hooks.integrations.keras import Kernel, SpectralClip, SpectralClipCallback, mirror  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 L = keras.layers
 
 #: What a projected norm may exceed the bound by in float32, measured in float64.

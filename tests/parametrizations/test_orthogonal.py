@@ -33,7 +33,7 @@ from spectral_hooks.parametrizations.stiefel import (
 )
 from spectral_hooks.weights.initializers import delta_orthogonal_, orthogonal_
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 FRAMES = [(1, 1), (5, 1), (2, 2), (7, 3), (4, 4), (3, 9, 2), (2, 3, 5, 5), (40, 36)]
 

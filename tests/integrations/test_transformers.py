@@ -721,7 +721,7 @@ def test_docstring_and_settings() -> None:
 
 
 def test_example(tmp_path) -> None:
-    command = [sys.executable, str(Path(__file__).parents[1] / "examples" / "transformers_text.py"), "--quick"]
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "transformers_text.py"), "--quick"]
     environment = os.environ | {"PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr

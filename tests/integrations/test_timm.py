@@ -516,7 +516,7 @@ def test_mistakes() -> None:
 
 def test_example(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    script = Path(__file__).parents[1] / "examples" / "timm_digits.py"
+    script = Path(__file__).parents[2] / "examples" / "timm_digits.py"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         [sys.executable, str(script), "--quick"],
