@@ -8,12 +8,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .precision import exact, float32_is_kept
 from .scaling import normalized
 
 #: Restarts after which a decomposition of a matrix of up to some size is cheaper.
 _PATIENCE, _LARGE = 12, 1024
 #: Bytes of basis vectors and their images held at once.
 _BASIS_BYTES = 1 << 29
+#: Power steps that may show a matrix of this size to be above a level, by this much at least: more than rounding.
+_GLANCES, _GLANCED_FROM, _SEEN = 6, 384, 1e-4
 #: Up to this size a full decomposition of a matrix is as fast.
 _SMALL = 96
 
@@ -191,3 +194,31 @@ def with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:
     """The `value`, bit for bit, with the gradient of an expression that equals it up to rounding."""
     # where both overflow there is no difference
     return differentiable + torch.nan_to_num(value - differentiable, nan=0.0, posinf=inf, neginf=-inf).detach()
+
+
+def seen_above(matrix: Tensor, level: float) -> bool:
+    """Whether some vector shows that the norm of a large matrix lies above the level: far cheaper than a failing proof."""
+    if min(matrix.shape) < _GLANCED_FROM or matrix.is_meta:
+        return False
+    matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32 if float32_is_kept() else torch.float64))
+    # the products of unit vectors with the matrix are in range where the matrix is; their squares need not be
+    vector = _unit(matrix[torch.linalg.vector_norm(matrix, dim=1).argmax()])
+    for _ in range(_GLANCES):
+        image = matrix @ vector
+        if inf > _length(image) > level * (1 + _SEEN):  # NaN is not
+            # long sums in float32 lose digits
+            vector = exact(vector)
+            return _length(exact(matrix) @ vector) > level * _length(vector)
+        vector = _unit(matrix.mT @ _unit(image))
+    return False
+
+
+def _length(vector: Tensor) -> float:
+    """The norm of a vector, of any scale, as a float64."""
+    return float(torch.linalg.vector_norm(exact(vector)))
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """The vector, of any scale, over its norm."""
+    long = exact(vector)
+    return (long / torch.linalg.vector_norm(long)).to(vector)

@@ -7,7 +7,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
-from typing import TypeGuard, TypeVar
+from typing import Literal, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..linalg.scaling import normalized
 
 Self = TypeVar("Self", bound="LinearOperator")
 SelfWithKernel = TypeVar("SelfWithKernel", bound="KernelOperator")
+
+#: Where the norm of an operator is found, see `KernelOperator.kind`.
+Kind = Literal["matrix", "circular", "lattice", "finite"]
 
 #: Sizes of the frequency grid, one per spatial axis, and how often each frequency of that axis occurs.
 Grid = tuple[tuple[int, int], ...]
@@ -106,6 +109,40 @@ class KernelOperator(LinearOperator):
     @abstractmethod
     def from_canonical(self, kernel: Tensor) -> Tensor:
         """The weight whose canonical kernel is `kernel`, cropped to the taps that the weight has."""
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """`(groups, rows, columns, *taps)` of the canonical kernel."""
+        return tuple(self.canonical().shape)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the canonical kernel has a single tap, so that the symbol is the same matrix at every frequency."""
+        return prod(self.canonical_shape[3:]) == 1
+
+    @property
+    def kind(self) -> Kind:
+        """Where the norm is found.
+
+        - `"matrix"`: it is that of the canonical matrix;
+        - `"circular"`: that of the symbol at the frequencies of a grid;
+        - `"lattice"`: bounded by the supremum of the symbol, times `lattice_factor`;
+        - `"finite"`: no frequency tells it, only products with vectors do; bounded as that of a lattice operator.
+        """
+        if not self.is_finite:
+            return "lattice"
+        grid = self.frequency_grid
+        return "finite" if grid is None else "circular" if grid else "matrix"
+
+    def part(self: SelfWithKernel, groups: Tensor) -> SelfWithKernel:
+        """The operator of these groups of channels alone, by their numbers."""
+        other = copy.copy(self)
+        other.weight = self.weight.detach().unflatten(0, (self.canonical_shape[0], -1))[groups.to(self.device)].flatten(0, 1)
+        return other
+
+    def each_group(self: SelfWithKernel) -> list[SelfWithKernel]:
+        """Each group as an operator of its own."""
+        return [self.part(group) for group in torch.arange(self.canonical_shape[0]).split(1)]
 
     @property
     @abstractmethod

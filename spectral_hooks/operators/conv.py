@@ -273,6 +273,18 @@ class ConvOperator(KernelOperator):
         kernel = kernel.permute(0, 1, 2, *(axis + 1 for axis in taps), *taps)
         return kernel.flatten(2, 2 + len(phases))
 
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        first, columns, *_ = self.weight.shape
+        phases = self._phases
+        taps = (-(-k // p) for k, p in zip(self._taps, phases, strict=True))
+        return self.groups, first // self.groups, columns * prod(phases), *taps
+
+    def part(self, groups: Tensor) -> ConvOperator:
+        other = super().part(groups)
+        other.groups = len(groups)
+        return other
+
     def from_canonical(self, kernel: Tensor) -> Tensor:
         phases, dims = self._phases, self._dims
         kernel = kernel.unflatten(2, (-1, *phases))

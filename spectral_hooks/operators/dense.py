@@ -70,6 +70,10 @@ class DenseOperator(KernelOperator):
     def canonical(self) -> Tensor:
         return self.weight.unsqueeze(0)
 
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        return (1, *self.weight.shape)
+
     def from_canonical(self, kernel: Tensor) -> Tensor:
         return kernel.squeeze(0)
 

@@ -13,7 +13,7 @@ from ..operators.arguments import on_kernel
 from ..operators.base import KernelOperator, is_whole
 from .arguments import check_max_norm
 from .dual import clip_kernel
-from .outside import each_group, project_outside
+from .outside import project_outside
 from .rescale import rescale
 from .settle import in_dtype, settled
 
@@ -77,15 +77,15 @@ def clip(op: KernelOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
 
 def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
     """`clip` of an operator all of whose groups are outside."""
-    if len(op.canonical()) > 1 and op.is_finite and op.frequency_grid is None:
+    if op.kind == "finite" and op.canonical_shape[0] > 1:
         # the level on the grid depends on the norm here, which every group has of its own
-        return torch.cat([_clip(part, max_norm, rounds) for part in each_group(op)])
+        return torch.cat([_clip(part, max_norm, rounds) for part in op.each_group()])
     kernel, scale = normalized(op.canonical())
     rough = _rough(op, kernel, rounds)
     clipped, peak = clip_kernel(op, kernel.float() if rough else kernel, max_norm / scale, rounds)
     clipped = settled(op, op.from_canonical(clipped.to(kernel)), scale, max_norm)[0]
     moved = _distances(clipped, op, scale)
-    if not op.is_finite or (op.frequency_grid is not None and prod(kernel.shape[3:]) == 1):
+    if op.kind == "lattice" or (op.kind != "finite" and op.is_pointwise):
         # the norm is no smaller than the peak, so scaling leaves at most this share; and rounding is monotone, so at least this
         # distance, entry by entry
         share = (max_norm / scale / peak.to(kernel) * (1 + (_SINGLE_ERROR if rough else 1e-12))).clamp(max=1)
@@ -106,4 +106,4 @@ def _rough(op: KernelOperator, kernel: Tensor, rounds: int) -> bool:
 def _distances(weight: Tensor, op: KernelOperator, scale: float) -> Tensor:
     """Frobenius distances to the operator's weight over `scale`, of every group, in float64."""
     weight, original = (exact(x) / scale for x in (weight, op.weight))
-    return torch.linalg.vector_norm((weight - original).unflatten(0, (len(op.canonical()), -1)).flatten(1), dim=1)
+    return torch.linalg.vector_norm((weight - original).unflatten(0, (op.canonical_shape[0], -1)).flatten(1), dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def clip_kernel(
     `K = K₀ - E* Y`. A round is a proximal step, which takes the excess of `Y + τ E K` over `τ c`, and a line search. At the end
     the correction may `stretch`, which pays where it is large. Every group is a problem of its own, with steps of its own.
     """
-    if prod(kernel.shape[3:]) == 1:
+    if op.is_pointwise:
         level = max_norm / op.lattice_factor
         matrices = kernel.reshape(kernel.shape[:3])
         excess, peak = few_over(matrices, level) or excess_over(matrices, level)[::2]
@@ -72,7 +72,7 @@ def clip_kernel(
         weight = weight - each(share, kernel.ndim - 1) * cropped
     if not stretch:
         return weight, peak
-    fine = sizes if op.frequency_grid is not None else tuple(2 * n if n > 1 else 1 for n in sizes)
+    fine = sizes if op.kind == "circular" else tuple(2 * n if n > 1 else 1 for n in sizes)
     return _extended(kernel, kernel - weight, level, fine), peak
 
 
@@ -83,14 +83,14 @@ def _squares(kernel: Tensor) -> Tensor:
 
 def grid_symbols(op: KernelOperator, kernel: Tensor) -> Tensor:
     """The symbols of the kernel at the frequencies of the clip's grid; of a matrix, itself."""
-    if prod(kernel.shape[3:]) == 1:
+    if op.is_pointwise:
         return kernel.reshape(1, *kernel.shape[:3])
     return FrequencyGrid(_clip_sizes(op, kernel), kernel).symbols(kernel)
 
 
 def crop_kernel(op: KernelOperator, kernel: Tensor, symbols: Tensor) -> Tensor:
     """The kernel, of the shape and the taps of `kernel`, nearest to what has these symbols on the clip's grid."""
-    if prod(kernel.shape[3:]) == 1:
+    if op.is_pointwise:
         return symbols.reshape(kernel.shape)
     return _cropping(op, kernel, FrequencyGrid(_clip_sizes(op, kernel), kernel))(symbols)
 
@@ -124,9 +124,9 @@ def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int
 def _clip_grid(op: KernelOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:
     """Frequencies per axis for the clip, and the level to clip at there."""
     sizes = _clip_sizes(op, kernel)
-    if op.frequency_grid is not None:
+    if op.kind == "circular":
         return sizes, max_norm
-    if not op.is_finite:
+    if op.kind == "lattice":
         return sizes, max_norm / op.lattice_factor
     # a finite operator may have a smaller norm than the lattice's, or with reflection a larger one
     norm = float(spectral_norm(op.with_weight(op.from_canonical(kernel))))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..linalg.scaling import each, normalized
+from ..norms.bracket import TOLERANCE, bracket
 from ..norms.groups import lattice_norms
 from ..operators.base import KernelOperator
-from .outside import TOLERANCE, norms_above
 
 #: Where rounding to the stored dtype can add no more than this share of the bound, room is left for it, and nothing proven again.
 _LITTLE_ROUNDING = 1e-4
@@ -44,7 +44,7 @@ def settled(op: KernelOperator, unit: Tensor, scale: float, max_norm: float, rto
     kernel, info = op.canonical(), torch.finfo(op.weight.dtype)
     groups, spacing = len(kernel), info.tiny * info.eps
     fine = info.eps < TOLERANCE
-    measured = op.is_finite and op.frequency_grid is None
+    measured = op.kind == "finite"
     scales = torch.full((groups,), scale * power, dtype=torch.float64, device=unit.device)
     if fine and prod(kernel.shape[3:]) == 1 and not measured:
         # a clipped matrix has many equal singular values, which a proof minds less than a measurement
@@ -54,7 +54,7 @@ def settled(op: KernelOperator, unit: Tensor, scale: float, max_norm: float, rto
     for attempt in range(1, 1000):
         scales = fitting(unit, scales, op.weight)
         stored = in_dtype(unit, scales, op.weight)
-        norms = norms_above(op.with_weight(stored), rtol=rtol)
+        norms = bracket(op.with_weight(stored), rtol)
         norm = float(norms.amax())
         if norm <= max_norm:
             return stored, norm

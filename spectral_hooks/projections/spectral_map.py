@@ -35,5 +35,5 @@ def changed(op: KernelOperator, max_norm: float, function: Callable[[Tensor, flo
     unit, scale = map_singular_values(op, max_norm, function)
     if not bool(torch.isfinite(unit).all()):
         raise ValueError(f"the norm is so far above `max_norm` {max_norm} that the result is not finite: use `clip` first.")
-    scales = torch.full((len(op.canonical()),), scale, dtype=torch.float64, device=unit.device)
+    scales = torch.full((op.canonical_shape[0],), scale, dtype=torch.float64, device=unit.device)
     return in_dtype(unit, fitting(unit, scales, op.weight), op.weight)
