@@ -36,11 +36,12 @@ def bracket(op: KernelOperator, rtol: float | None = None) -> Tensor:
     Returns:
         `(groups,)`, in float64, on the host.
     """
-    match op.kind:
+    form = op.canonical_form()
+    match form.kind:
         case "circular":
-            return grid_norms(op.canonical(), tuple(size for size, _ in op.frequency_grid or ()))
+            return grid_norms(form.kernel, form.sizes)
         case "matrix" | "lattice":
-            return op.lattice_factor * lattice_norms(op.canonical(), rtol or usual_rtol(op))
+            return form.factor * lattice_norms(form.kernel, rtol or usual_rtol(form.kernel))
     return torch.tensor([_by_products(part) for part in op.each_group()], dtype=torch.float64)
 
 
@@ -56,25 +57,25 @@ def at_most(op: KernelOperator, max_norm: float) -> Tensor:
     Returns:
         `(groups,)`, bool, on the host.
     """
-    level = max_norm * (1 + TOLERANCE)
-    match op.kind:
+    form, level = op.canonical_form(), max_norm * (1 + TOLERANCE)
+    match form.kind:
         case "circular":
-            return bracket(op) <= level
-        case "matrix" if seen_above(op.canonical()[0], max_norm):
+            return grid_norms(form.kernel, form.sizes) <= level
+        case "matrix" if seen_above(form.kernel[0], max_norm):
             return torch.zeros(1, dtype=torch.bool)
         case "matrix" | "lattice":
-            return lattice_norms(op.canonical(), usual_rtol(op), level / op.lattice_factor) < inf
-    everywhere = lattice_norms(op.canonical(), usual_rtol(op), max_norm / op.lattice_factor) < inf
+            return lattice_norms(form.kernel, usual_rtol(form.kernel), level / form.factor) < inf
+    everywhere = lattice_norms(form.kernel, usual_rtol(form.kernel), max_norm / form.factor) < inf
     return everywhere if everywhere.all() else everywhere | (bracket(op) <= level)
 
 
-def usual_rtol(op: KernelOperator) -> float:
+def usual_rtol(kernel: Tensor) -> float:
     """Relative width of a certificate, which a scaling by it may take too much: 1e-3, up to 1e-2 where it is dear.
 
     A clipped kernel has its largest singular value at many frequencies; proving that takes some `1 / rtol` of them, at the cube
     of the channels each.
     """
-    size = min(op.canonical_shape[1:3])
+    size = min(kernel.shape[1:3])
     return 1e-3 if size <= 8 else min(2e-3 * max(size / 64, 1.0), 1e-2)
 
 

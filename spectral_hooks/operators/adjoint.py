@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .base import Grid, KernelOperator, LinearOperator
+from .base import Canonical, Grid, KernelOperator, LinearOperator
 from .composed import ComposedOperator
 from .layers import InputSize, as_operator
 
@@ -49,6 +49,9 @@ class AdjointOperator(KernelOperator):
 
     def canonical(self) -> Tensor:
         return self.op.canonical()
+
+    def canonical_form(self) -> Canonical:
+        return self.op.canonical_form()
 
     def from_canonical(self, kernel: Tensor) -> Tensor:
         return self.op.from_canonical(kernel)

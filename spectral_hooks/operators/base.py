@@ -7,7 +7,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
-from typing import Literal, TypeGuard, TypeVar
+from typing import Literal, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,18 @@ class LinearOperator(ABC):
         return self.matvec(identity.reshape(columns, *self.in_shape)).reshape(columns, -1).T
 
 
+class Canonical(NamedTuple):
+    """The canonical form of an operator: all that its norm depends on, in one value that travels on from here."""
+
+    #: `(groups, rows, columns, *taps)`
+    kernel: Tensor
+    kind: Kind
+    #: Frequencies along each axis of the grid of a circular operator.
+    sizes: tuple[int, ...]
+    #: `lattice_factor`.
+    factor: float
+
+
 class KernelOperator(LinearOperator):
     """A linear map that is linear in one `weight` too. An operator never copies or changes it, so gradients flow through.
 
@@ -109,6 +121,15 @@ class KernelOperator(LinearOperator):
     @abstractmethod
     def from_canonical(self, kernel: Tensor) -> Tensor:
         """The weight whose canonical kernel is `kernel`, cropped to the taps that the weight has."""
+
+    def canonical_form(self) -> Canonical:
+        """The canonical kernel with what makes its symbol's norm that of the operator.
+
+        Raises:
+            ValueError: the padding repeats inputs and there is no input size, so nothing bounds the norm.
+        """
+        sizes = tuple(size for size, _ in self.frequency_grid or ())
+        return Canonical(self.canonical(), self.kind, sizes, self.lattice_factor)
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
