@@ -10,7 +10,7 @@ that is cheaper than the single frequencies.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import cos, inf, pi, prod
+from math import cos, inf, log2, pi, prod, sin
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,22 @@ class Row:
         )  # (groups,)
         #: `(Σ_t ‖K_t‖)²`, which no value exceeds.
         self.most = (torch.linalg.vector_norm(sizes, dim=1).sum(1) * (1 + _EPS * (columns + prod(self.taps)))).square()
+        self.least, high = self._extent()
+        self.most = torch.minimum(self.most, high)
+
+    def _extent(self) -> tuple[Tensor, Tensor]:
+        """Between which numbers all values of each group lie: `R_0 ∓ Σ_l |R_l|` with the autocorrelation `R`, `l ≠ 0`.
+
+        Nearly flat spectra, on which a search without a lower end would split cells almost for ever, are told by this.
+        """
+        axes, sizes = tuple(range(2, self.kernel.ndim)), [2 * k - 1 for k in self.taps]
+        spectrum = torch.fft.rfftn(self.kernel, sizes, axes)
+        energy = torch.view_as_real(spectrum).square().sum((1, -1))
+        lags = torch.fft.irfftn(energy, sizes, tuple(range(1, energy.ndim))).flatten(1)
+        mean, others = lags[:, 0], lags[:, 1:].abs().sum(1)
+        # each transform is off by a few eps of the norm for each halving of its length, and so is every lag
+        width = others + mean * (_EPS * 16 * lags.shape[1] * (log2(lags.shape[1]) + self.kernel.shape[1] + 4))
+        return (mean - width).clamp(min=0), mean + width
 
     def on_grid(self, groups: slice | Tensor, axes: list[Tensor]) -> Tensor:
         """At the frequencies with these coordinates per axis, one axis after the other: `(groups, *frequencies)`."""
@@ -152,7 +168,8 @@ class _Search:
 
     def _level_of(self, radius: Tensor) -> Tensor:
         """What the squared norm at the centre of a cell exceeds if the supremum, above the bound, is in it; of every group."""
-        return self.bound() * cos(min(angle_of(self.degree, radius), pi / 2)) ** 2 - self.row.error
+        angle = min(angle_of(self.degree, radius), pi / 2)
+        return self.bound() * cos(angle) ** 2 + self.row.least * sin(angle) ** 2 - self.row.error
 
     def give_up(self, left: Tensor) -> None:
         """Mark what is outside, and of the groups that have cells left, `(groups,)`, those that took too much."""

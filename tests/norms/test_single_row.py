@@ -180,16 +180,47 @@ def test_large_depthwise_kernels_cost_less_than_a_transform(monkeypatch: pytest.
 
 
 def patches() -> Tensor:
-    """The Haar transform of blocks of 2×2: an isometry, so that every frequency has norm one; the sum of its taps is 2."""
+    """The Haar transform of blocks of 2×2, which is an isometry, times a filter along the third axis: norm one on a plane.
+
+    The square of the filter is `4 + 2 cos θ - 2 cos 3θ`, which is largest where `cos² θ = 1/3`: less than its lags allow.
+    """
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2
-    return torch.einsum("ia,jb->ijab", signs, signs).reshape(1, 1, 4, 2, 2)
+    taps = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64) / (4 + 16 / 3 / 3**0.5) ** 0.5
+    return torch.einsum("ia,jb,c->ijabc", signs, signs, taps).reshape(1, 1, 4, 2, 2, 4)
+
+
+@pytest.mark.parametrize("unevenness", [0.0, 1e-9, 1e-5, 1e-3])
+def test_nearly_flat_spectra_are_told_by_their_lags(unevenness: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry and others that are far smaller: without a lower end of the spectrum cells would split for minutes."""
+    kernel = unevenness * torch.randn(4, 1, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel[..., 1, 0, 2] = 1.0
+    found: list[Tensor] = []
+    on_grid, at = evaluations(monkeypatch, lambda: found.append(suprema(kernel, 8e-6).upper))
+    true = sampled(kernel, 48)
+    assert bool((found[0] >= true * (1 - 1e-12)).all())
+    assert bool((found[0] <= true * (1 + 1e-5 + 0.1 * unevenness)).all())
+    assert on_grid + at <= 1 << 19
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_extent_holds_at_every_frequency(shape: tuple[int, ...]) -> None:
+    for kind in KINDS:
+        row = Row(kind(shape))
+        axes = tuple(range(3, len(shape)))
+        values = torch.fft.fftn(kind(shape), s=(24,) * len(axes), dim=axes).abs().square().sum((1, 2)).flatten(1)
+        room = 1e-13 * row.most
+        assert bool((row.least <= values.amin(1) + room).all())
+        assert bool((values.amax(1) <= row.most + room).all())
 
 
 def test_flat_regions_are_proven_on_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where many cells are left the next tiling is evaluated as a whole, at a few operations for each of its frequencies."""
-    found: list[Tensor] = []
-    on_grid, at = evaluations(monkeypatch, lambda: found.append(suprema(patches(), 1e-4).upper))
-    assert 1 <= float(found[0]) <= 1.0001 * (1 + 1e-12)
+    place = torch.arange(-15, 16, dtype=torch.float64)
+    taps = torch.sinc(0.7 * place) * torch.hann_window(33, periodic=False, dtype=torch.float64)[1:-1]
+    low_pass = (taps[:, None] * taps).reshape(1, 1, 1, 31, 31)
+    true, found = float(sampled(low_pass, 1024)), []
+    on_grid, at = evaluations(monkeypatch, lambda: found.append(float(suprema(low_pass, 5e-3).upper)))
+    assert true <= found[0] <= 1.006 * true
     assert on_grid > 10 * at
 
 
