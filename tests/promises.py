@@ -135,7 +135,7 @@ def bounds_never_below(rng: Rng) -> Margin:
 
 
 def absolute_sums_bound_their_norms(rng: Rng) -> Margin:
-    """`absolute_sum(ord=1 | inf)` is exact for matrices, and an upper bound of the 1- and ∞-norms of finite convolutions."""
+    """`absolute_sum(order=1 | inf)` is exact for matrices, and an upper bound of the 1- and ∞-norms of finite convolutions."""
     dtype, ord = attacks.dtype(rng), pick(rng, [1, inf])
     axis = 0 if ord == 1 else 1
     if rng.random() < 0.2:
@@ -148,7 +148,7 @@ def absolute_sums_bound_their_norms(rng: Rng) -> Margin:
         matrix, exponent = observers.finite_matrix(layer, size)
     truth = float(np.ldexp(np.abs(matrix).sum(axis).max(), exponent))
     about = f"ord={ord} of {shown(layer)} size {size}"
-    value = float(sh.bounds.absolute_sum(sh.as_operator(layer, size), ord=ord))
+    value = float(sh.bounds.absolute_sum(sh.as_operator(layer, size), order=ord))
     excess = _over(truth, value)
     if isinstance(layer, nn.Linear) and _representable(truth, dtype):
         excess = max(excess, _over(value, truth))

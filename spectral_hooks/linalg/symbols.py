@@ -8,8 +8,8 @@ from math import pi, prod
 import torch
 from torch import Tensor
 
-#: Bytes of waves held at once.
-_WAVE_BYTES = 1 << 26
+from .memory import at_once
+
 #: A symmetric product is made of so many blocks of rows, each of this size at least.
 _PANELS, _LEAST_PANEL = 8, 128
 
@@ -27,7 +27,7 @@ def symbol(kernel: Tensor, theta: Tensor) -> Tensor:
     One small DFT matmul, exact up to rounding, differentiable.
     """
     positions = product([torch.arange(k) for k in kernel.shape[3:]], theta)
-    some = max(_WAVE_BYTES // (3 * theta.element_size() * len(positions)), 1)
+    some = at_once(3 * theta.element_size() * len(positions))
     if len(theta) > some:
         return torch.cat([symbol(kernel, part) for part in theta.split(some)])
     angles = theta @ positions.T

@@ -8,12 +8,12 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from ..linalg.memory import at_once
 from ..linalg.scaling import check_finite
 from ..linalg.symbols import half_plane, symbol
 from ..operators.arguments import on_operator
 from ..operators.base import LinearOperator
 from ..operators.conv import ConvOperator
-from .spectral_norm import _CHUNK_BYTES
 
 #: Points per axis on which the spectral density is sampled, by dimension.
 _DENSITY_POINTS = {1: 512, 2: 32, 3: 16}
@@ -75,7 +75,7 @@ def asymptotic_singular_values(op: LinearOperator, input_size: int | Sequence[in
     weight = op.weight
     kernel = op.with_weight(weight.to(torch.promote_types(weight.dtype, torch.float32))).canonical()
     theta, copies = half_plane((_DENSITY_POINTS[kernel.ndim - 3],) * (kernel.ndim - 3), kernel)
-    chunk = max(_CHUNK_BYTES // (2 * kernel.element_size() * prod(kernel.shape[:3])), 1)
+    chunk = at_once(2 * kernel.element_size() * prod(kernel.shape[:3]))
     samples = torch.cat([torch.linalg.svdvals(symbol(kernel, part)) for part in theta.split(chunk)])
     branches = samples.flatten(1).repeat_interleave(copies.long(), dim=0).sort(dim=0, descending=True).values
     per_branch = ceil(count / branches.shape[1])

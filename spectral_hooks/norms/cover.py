@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..linalg.cholesky import Rows, below
 from ..linalg.gram import Gram
+from ..linalg.memory import CACHED, at_once
 from .cells import Cells, cells_at, tiling
 
-#: Bytes of Gram matrices and waves held at once: few enough for caches, and for allocators to use the same memory again.
-_CHUNK_BYTES = 1 << 23
 #: Cells taken together even if they need more.
 _FEWEST = 12
 #: The share of a cell's room that rounding in float32 may take.
@@ -50,6 +49,6 @@ def covering(gram: Gram, degree: Tensor, angle: float) -> Cells:
 
 def in_chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:
     """The cells a few at a time, so that the Gram matrices at their centres fit into caches."""
-    count = max(_CHUNK_BYTES // gram.bytes_each, _FEWEST)
+    count = max(at_once(gram.bytes_each, CACHED), _FEWEST)
     parts = zip(cells.group.split(count), cells.centre.split(count), strict=True)
     return (Cells(*part, cells.radius) for part in parts)

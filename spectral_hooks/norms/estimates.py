@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.krylov import matrix_norm, with_gradient
-from ..linalg.precision import exact
+from ..linalg.precision import at_least_float32, exact
 from ..linalg.scaling import normalized
 from ..operators.arguments import on_kernel
-from ..operators.base import KernelOperator, LinearOperator
+from ..operators.base import KernelOperator, LinearOperator, is_whole
 from .grid import grid_norm
 
 
@@ -94,44 +94,52 @@ def power_iteration(
 
     Source: Farnia, Zhang and Tse (2019) and Ryu et al. (2019), for convolutions.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+    if not is_whole(steps) or steps < 0:
         raise ValueError(f"`steps` must be an int, at least 0; got {steps!r}.")
-    shape = op.in_shape
-    weight = op.weight
+    weight, dtype = op.weight, at_least_float32(op.dtype)
     plain, scale = normalized(weight.detach())
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    fixed = op.with_weight(plain.to(weight.device, dtype))
-    if start is None:
-        generator = generator or torch.Generator().manual_seed(0)
-        vector = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(weight.device)
-    elif tuple(start.shape) != shape:
-        raise ValueError(f"`start` must have the operator's `in_shape` {shape}; got {tuple(start.shape)}.")
-    else:
-        vector = start.detach().to(weight.device, dtype)
-        vector = vector / vector.abs().amax()
-        if not bool(torch.isfinite(vector).all()):
-            raise ValueError("`start` must be finite and not zero: leave it out for a random start.")
-    vector = vector / torch.linalg.vector_norm(vector)
+    vector = _iterated(op.with_weight(plain.to(op.device, dtype)), _unit_start(op, start, generator), steps)
     with torch.no_grad():
-        for _ in range(steps):
-            image = fixed.matvec(vector)
-            image = fixed.rmatvec(image / torch.linalg.vector_norm(image).clamp(min=1e-30))
-            length = torch.linalg.vector_norm(image)
-            if not length > 0:  # an input that the layer does not see
-                break
-            vector = image / length
         # in float64, and cast down: what is returned is no more than the norm
-        exact = op.with_weight(plain)
-        image = exact.matvec(vector.to(plain))
+        image = op.with_weight(plain).matvec(vector.to(plain))
         found = torch.linalg.vector_norm(image) / torch.linalg.vector_norm(vector.to(plain))
         norm = (found * scale).to(dtype)
         if float(norm) / scale > float(found):
             norm = torch.nextafter(norm, norm.new_tensor(-inf))
-        norm = norm.to(weight.device)
+        norm = norm.to(op.device)
     if weight.requires_grad:
-        left = (image / torch.linalg.vector_norm(image).clamp(min=1e-300)).to(weight.device, dtype)
+        left = (image / torch.linalg.vector_norm(image).clamp(min=1e-300)).to(op.device, dtype)
         norm = with_gradient(norm, (left * op.with_weight(weight.to(dtype)).matvec(vector)).sum())
     return Power(norm, vector) if return_vector else norm
+
+
+def _unit_start(op: KernelOperator, start: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The given vector over its length, or a random one."""
+    shape, dtype = op.in_shape, at_least_float32(op.dtype)
+    if start is None:
+        generator = generator or torch.Generator().manual_seed(0)
+        vector = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(op.device)
+    elif tuple(start.shape) != shape:
+        raise ValueError(f"`start` must have the operator's `in_shape` {shape}; got {tuple(start.shape)}.")
+    else:
+        vector = start.detach().to(op.device, dtype)
+        vector = vector / vector.abs().amax()
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError("`start` must be finite and not zero: leave it out for a random start.")
+    return vector / torch.linalg.vector_norm(vector)
+
+
+@torch.no_grad()
+def _iterated(op: KernelOperator, vector: Tensor, steps: int) -> Tensor:
+    """The unit vector after so many applications of `Aᵀ A`."""
+    for _ in range(steps):
+        image = op.matvec(vector)
+        image = op.rmatvec(image / torch.linalg.vector_norm(image).clamp(min=1e-30))
+        length = torch.linalg.vector_norm(image)
+        if not length > 0:  # an input that the layer does not see
+            break
+        vector = image / length
+    return vector
 
 
 @on_kernel

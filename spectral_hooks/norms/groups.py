@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..linalg.gram import Gram
 from ..linalg.lanczos import norms
+from ..linalg.memory import at_once
 from ..linalg.scaling import normalized_each
 from ..linalg.symbols import half_plane, trim
 from .cells import angle_of
@@ -19,8 +20,6 @@ from .single_row import grid_maxima, suprema
 
 #: Groups of up to so many rows or columns are measured together, and the angle of the first cells then.
 _TOGETHER, _FIRST_ANGLE = 16, 0.4
-#: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 25
 #: What a sum of squares may lack for each term.
 _VECTOR_ROUNDING = torch.finfo(torch.float64).eps
 #: What may be spent on proving the norm of a group below a goal that is closer than `rtol`: evaluations times the matrix size.
@@ -74,7 +73,7 @@ def grid_norms(kernel: Tensor, sizes: tuple[int, ...], *, screen: torch.dtype = 
         return (grid_maxima(kernel, sizes).upper * scale).cpu()
     gram, (theta, _) = Gram(kernel), half_plane(sizes, kernel)
     squared = kernel.new_zeros(len(kernel))
-    chunk = max(_CHUNK_BYTES // (16 * len(kernel) * gram.size**2 + 40 * len(gram.lags)), 1)
+    chunk = at_once(16 * len(kernel) * gram.size**2 + 40 * len(gram.lags))
     for part in theta.split(chunk):
         angles = part @ gram.lags.T
         even, odd = angles.cos() @ gram.even, -angles.sin() @ gram.odd

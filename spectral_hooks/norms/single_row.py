@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..linalg.memory import at_once
 from .cells import Cells, Tiling, angle_of, tiling
 
 #: The angle of the first cells.
 _FIRST_ANGLE = 0.4
-#: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 24
 #: How much dearer a frequency by itself is than one of a grid, at least.
 _SINGLE_COST = 8
 #: Single frequencies spent on a group whose norm is closer to the goal than `rtol`.
@@ -193,7 +192,7 @@ class _Search:
             return groups, []
         cover = tiling(self.degree, angle)
         again, cells = [], []
-        for part in groups.split(max(_CHUNK_BYTES // self.row.bytes_on_grid(cover.number), 1)):
+        for part in groups.split(at_once(self.row.bytes_on_grid(cover.number))):
             self.spent[part] += cover.number / self.single_cost
             many, member, squared, centre = self._survivors(part, cover)
             group = part[member]
@@ -226,7 +225,7 @@ class _Search:
     def _over(self, groups: Tensor, axes: list[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The squared norms on a grid, some rows at a time, with their coordinates; the largest are remembered."""
         row_bytes = self.row.bytes_on_grid(prod(len(axis) for axis in axes[1:]))
-        for first in axes[0].split(max(_CHUNK_BYTES // (len(groups) * row_bytes), 1)):
+        for first in axes[0].split(at_once(len(groups) * row_bytes)):
             coordinates = [first, *axes[1:]]
             squared = self.row.on_grid(groups, coordinates)
             top, where = squared.flatten(1).max(1)
@@ -235,7 +234,7 @@ class _Search:
 
     def split(self, cells: list[Cells]) -> None:
         """Split cells until none is left, not many at a time."""
-        count = max(_CHUNK_BYTES // self.row.bytes_at(), 1)
+        count = at_once(self.row.bytes_at())
         stack = [part.split() for part in cells if len(part.group)]
         while stack:
             whole = stack.pop()
@@ -275,7 +274,7 @@ def grid_maxima(kernel: Tensor, sizes: tuple[int, ...]) -> Suprema:
     axes = [torch.arange(n // 2 + 1 if i == 0 else n).to(kernel) * (2 * pi / n) for i, n in enumerate(sizes)]
     search = _Search(row, torch.tensor(kernel.shape[3:]).to(kernel) - 1, 0.0, None, False, inf)
     points = prod(len(axis) for axis in axes)
-    for groups in torch.arange(len(kernel), device=kernel.device).split(max(_CHUNK_BYTES // row.bytes_on_grid(points), 1)):
+    for groups in torch.arange(len(kernel), device=kernel.device).split(at_once(row.bytes_on_grid(points))):
         for _ in search._over(groups, axes):
             pass
     return Suprema((search.best + row.error).sqrt(), search.best.sqrt(), search.theta)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..linalg.gram import Gram
 from ..linalg.krylov import largest
+from ..linalg.memory import at_once
 from ..linalg.scaling import normalized
 from ..linalg.symbols import half_plane, symbol
 from ..operators.arguments import on_operator
 from ..operators.base import Grid, KernelOperator, LinearOperator
-from .spectral_norm import _CHUNK_BYTES, checked
+from .spectral_norm import checked
 
 #: Entries of the largest dense matrix that is decomposed when all singular values are asked for (2 GiB in float64).
 _DENSE_ENTRIES = 1 << 28
@@ -85,7 +86,7 @@ def _on_grid(op: KernelOperator, grid: Grid, count: int) -> Tensor:
     repeats = prod(repeat for _, repeat in grid) * prod(grid[axis][0] for axis in constant)
     kernel = kernel.squeeze([3 + axis for axis in constant])
     theta, copies = half_plane(sizes, kernel)
-    chunk = max(_CHUNK_BYTES // (2 * kernel.element_size() * prod(kernel.shape[:3])), 1)
+    chunk = at_once(2 * kernel.element_size() * prod(kernel.shape[:3]))
     if len(theta) == 1:  # the only frequency is zero, where the symbol is real
         values = torch.linalg.svdvals(symbol(kernel, theta).real)
     else:

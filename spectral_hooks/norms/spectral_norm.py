@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.krylov import largest, matrix_norm, with_gradient
+from ..linalg.memory import at_once
 from ..linalg.scaling import check_finite, normalized
 from ..linalg.symbols import half_plane, symbol
 from ..operators.arguments import on_operator
@@ -19,8 +20,6 @@ from ..operators.layers import as_operator
 from .grid import grid_norm
 from .lattice import lattice_norm
 
-#: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 27
 #: Symbols up to this size are decomposed in batches when many norms are asked for.
 _BATCHED = 24
 
@@ -157,7 +156,7 @@ def _norms_together(ops: Sequence[KernelOperator]) -> list[Tensor]:
     groups = kernels.shape[1]
     kernels = kernels.flatten(0, 1)
     theta, _ = half_plane(tuple(size for size, _ in grid), kernels)
-    chunk = max(_CHUNK_BYTES // (32 * prod(kernels.shape[:3])), 1)
+    chunk = at_once(32 * prod(kernels.shape[:3]))
     squares = []
     for part in theta.split(chunk):
         blocks = symbol(kernels, part) if grid else symbol(kernels, part).real

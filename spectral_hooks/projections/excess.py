@@ -7,14 +7,13 @@ from torch import Tensor
 
 from ..linalg import matrix_functions as polynomial
 from ..linalg.krylov import Matrix, largest
+from ..linalg.memory import at_once
 from ..linalg.precision import float32_is_kept
 
 #: From this size on a matrix is tried for few values above the level: so many, by so many restarts of a Krylov method.
 _LARGE, _FEW, _FEW_RESTARTS = 384, 12, 4
 #: Matrices of this size or more are clipped by products alone on accelerators, if that is seen to be off by at most so much.
 _PRODUCTS_FROM, _ACCURATE = 32, 5e-5
-#: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 25
 
 
 def few_over(matrices: Tensor, level: float) -> tuple[Tensor, Tensor] | None:
@@ -45,7 +44,7 @@ def excess_over(blocks: Tensor, level: float | Tensor) -> tuple[Tensor, Tensor, 
         excess, total, largest = excess_over(blocks.mT, level)
         return excess.mT, total, largest
     level = torch.as_tensor(level, dtype=blocks.real.dtype, device=blocks.device).reshape(-1)
-    chunk = max(_CHUNK_BYTES // (16 * blocks[0].numel()), 1) if blocks.ndim > 3 else len(blocks)
+    chunk = at_once(16 * blocks[0].numel()) if blocks.ndim > 3 else len(blocks)
     excess = torch.empty_like(blocks)
     sums: list[Tensor] = []
     highest: list[Tensor] = []

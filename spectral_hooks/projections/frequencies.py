@@ -8,9 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..linalg.memory import at_once
 from ..linalg.symbols import half_plane, product, symbol
 from ..norms.groups import grid_norms
-from .excess import _CHUNK_BYTES
 
 #: Kernels of more taps go through FFTs, and symbols of up to this size are then measured as they come.
 _FEW_TAPS, _SMALL_SYMBOLS = 100, 16
@@ -77,6 +77,6 @@ class FrequencyGrid:
             return torch.stack(squares).sqrt()
         symbols = self.symbols(kernel)
         symbols = symbols.mT if symbols.shape[-2] > symbols.shape[-1] else symbols
-        chunk = max(_CHUNK_BYTES // (16 * symbols[0].numel()), 1)
+        chunk = at_once(16 * symbols[0].numel())
         tops = [torch.linalg.eigvalsh(part @ part.mH)[..., -1].amax(0) for part in symbols.split(chunk)]
         return torch.stack(tops).amax(0).clamp(min=0).sqrt()

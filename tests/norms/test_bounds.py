@@ -320,7 +320,7 @@ def test_gram_iteration_looks_at_all_that_matter(kind, shape: tuple[int, ...], s
         powers = powers @ powers
     expected = scale * float(torch.linalg.matrix_norm(powers).max()) ** (0.5 ** (steps + 1))
     for memory in (1 << 27, 1 << 19, 1):
-        monkeypatch.setattr(gram_iteration, "_CHUNK_BYTES", memory)
+        monkeypatch.setattr("spectral_hooks.linalg.memory.STREAMED", memory)
         assert float(sh.bounds.gram_iteration(op, steps=steps)) == pytest.approx(expected, rel=1e-9)
 
 
@@ -372,7 +372,7 @@ def test_l1_and_l_infinity_norms(case: Case) -> None:
     weight = case.layer().weight.detach()
     for op in (case.operator(weight), case.operator(weight, finite=False)):
         for ord in (1, inf):
-            bound = float(sh.bounds.absolute_sum(op, ord=ord))
+            bound = float(sh.bounds.absolute_sum(op, order=ord))
             assert bound >= dense_norm(case.operator(weight), ord) * (1 - 1e-12), ord
 
 
@@ -384,7 +384,7 @@ def test_l1_and_l_infinity_norms_are_exact_on_the_lattice(settings: dict) -> Non
     weight = random(*channels, 3, 3)
     large = sh.ConvOperator(weight, padding=2, input_size=13, **settings)
     for ord in (1, inf):
-        bound = float(sh.bounds.absolute_sum(sh.ConvOperator(weight, **settings), ord=ord))
+        bound = float(sh.bounds.absolute_sum(sh.ConvOperator(weight, **settings), order=ord))
         assert bound == pytest.approx(dense_norm(large, ord), rel=1e-12)
 
 
@@ -392,7 +392,7 @@ def test_l1_and_l_infinity_norms_are_exact_on_the_lattice(settings: dict) -> Non
 def test_l1_and_l_infinity_norms_of_matrices(transposed: bool) -> None:
     op = sh.DenseOperator(random(4, 7), transposed=transposed)
     for ord in (1, inf):
-        assert float(sh.bounds.absolute_sum(op, ord=ord)) == pytest.approx(dense_norm(op, ord), rel=1e-12)
+        assert float(sh.bounds.absolute_sum(op, order=ord)) == pytest.approx(dense_norm(op, ord), rel=1e-12)
 
 
 def test_known_order() -> None:
@@ -476,7 +476,7 @@ def test_gradcheck(name: str, op: str) -> None:
 @pytest.mark.parametrize("ord", [1, inf])
 def test_gradcheck_of_absolute_sums(ord: float) -> None:
     weight = random(3, 2, 3, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: sh.bounds.absolute_sum(sh.ConvOperator(w, stride=2), ord=ord), weight)
+    assert torch.autograd.gradcheck(lambda w: sh.bounds.absolute_sum(sh.ConvOperator(w, stride=2), order=ord), weight)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -541,8 +541,8 @@ def test_bad_steps(bound, bad) -> None:
 
 @pytest.mark.parametrize("bad", [0, 3, "fro", None])
 def test_bad_ord(bad) -> None:
-    with pytest.raises(ValueError, match=r"`ord`.*got"):
-        sh.bounds.absolute_sum(sh.DenseOperator(torch.eye(2)), ord=bad)
+    with pytest.raises(ValueError, match=r"`order`.*got"):
+        sh.bounds.absolute_sum(sh.DenseOperator(torch.eye(2)), order=bad)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

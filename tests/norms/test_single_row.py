@@ -10,7 +10,7 @@ from torch import Tensor
 
 import spectral_hooks as sh
 from spectral_hooks.linalg import gram as gram_module
-from spectral_hooks.linalg import symbols
+from spectral_hooks.linalg import memory, symbols
 from spectral_hooks.norms import single_row
 from spectral_hooks.norms.grid import grid_norm
 from spectral_hooks.norms.groups import grid_norms, lattice_norms
@@ -148,7 +148,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch, run) -> tuple[int, int]:
     def counted_grid(self, groups, axes):
         nonlocal on_grid
         values = grid(self, groups, axes)
-        assert values.shape[1] == 1 or 16 * values.numel() * self.kernel.shape[1] <= single_row._CHUNK_BYTES
+        assert values.shape[1] == 1 or 16 * values.numel() * self.kernel.shape[1] <= memory.STREAMED
         on_grid += values.numel()
         return values
 

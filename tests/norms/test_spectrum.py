@@ -501,7 +501,7 @@ def test_chunks_of_one_frequency_are_complex_too(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     op = sh.ConvOperator(torch.randn(3, 2, 3, 3, dtype=torch.float64), padding=1).circular((4, 5))
     whole = sh.singular_values(op)
-    monkeypatch.setattr("spectral_hooks.norms.singular_values._CHUNK_BYTES", 1)
+    monkeypatch.setattr("spectral_hooks.linalg.memory.STREAMED", 1)
     torch.testing.assert_close(sh.singular_values(op), whole, rtol=0, atol=1e-12)
 
 

@@ -313,8 +313,8 @@ def test_networks_train_under_autocast(function, dtype: torch.dtype, compiled: b
 
 NO_BOUNDS = {
     "padding": sh.padding_factor,
-    "absolute sum of columns": partial(sh.bounds.absolute_sum, ord=1),
-    "absolute sum of rows": lambda op: sh.bounds.absolute_sum(op, ord=inf),
+    "absolute sum of columns": partial(sh.bounds.absolute_sum, order=1),
+    "absolute sum of rows": lambda op: sh.bounds.absolute_sum(op, order=inf),
     "estimate of one entry": lambda op: op.weight.abs().amax().double(),
     "constant": lambda op: torch.ones(()),
 }

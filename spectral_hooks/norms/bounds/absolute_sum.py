@@ -12,34 +12,34 @@ from .certified import certified
 
 
 @on_kernel
-def absolute_sum(op: KernelOperator, *, ord: float = 2) -> Tensor:
+def absolute_sum(op: KernelOperator, *, order: float = 2) -> Tensor:
     """Sums of absolute values: the operator norms between `ℓ1` and between `ℓ∞`, and their geometric mean.
 
         ‖A‖_1 = max_inputs Σ_outputs |K|,   ‖A‖_∞ = max_outputs Σ_inputs |K|,   ‖A‖_2 ≤ √(‖A‖_1 ‖A‖_∞)
 
     Args:
         op: any operator.
-        ord: the norm that is bounded: 2, 1 or `math.inf`. Only with 2 is the result a bound of the spectral norm.
+        order: which norm is bounded: 2, the spectral one; or 1 or `math.inf`, whose bounds are none of the spectral norm.
 
     Returns:
-        0-d tensor in the dtype of the weight, at least float32. For `ord=1` and `inf` exact up to rounding for matrices and on
+        0-d tensor in the dtype of the weight, at least float32. For `order=1` and `inf` exact up to rounding for matrices and on
         the lattice, an upper bound for finite convolutions; for 2 an upper bound. Differentiable but at zeros and ties.
 
     Cost: one pass over the weight.
 
     Raises:
-        ValueError: `ord` is none of these, or NaN or infinity in the weight.
+        ValueError: `order` is none of these, or NaN or infinity in the weight.
 
     Example:
         >>> import math, torch, spectral_hooks as sh
         >>> op = sh.DenseOperator(torch.tensor([[1.0, -2.0], [0.0, 3.0]]))
-        >>> [round(sh.bounds.absolute_sum(op, ord=ord).item(), 4) for ord in (1, math.inf, 2)]
+        >>> [round(sh.bounds.absolute_sum(op, order=order).item(), 4) for order in (1, math.inf, 2)]
         [5.0, 3.0, 3.873]
 
     Source: Gouk, Frank, Pfahringer and Cree (2018); the mean is Schur's test.
     """
-    if ord not in (1, 2, inf):
-        raise ValueError(f"`ord` must be 1, 2 or infinity; got {ord!r}.")
+    if order not in (1, 2, inf):
+        raise ValueError(f"`order` must be 1, 2 or infinity; got {order!r}.")
     # padding repeats entries of the input (in the circular case rows), which adds to the column sums only
     column_factor = op.padding_factor**2
 
@@ -47,9 +47,9 @@ def absolute_sum(op: KernelOperator, *, ord: float = 2) -> Tensor:
         size = kernel.abs()
         rows = size.flatten(2).sum(2).amax(1)
         columns = size.transpose(1, 2).flatten(2).sum(2).amax(1)
-        if ord == 2:
+        if order == 2:
             return (rows * columns).amax().sqrt()
         # of the adjoint the other one
-        return rows.amax() if (ord == inf) != op.transposed else columns.amax() * column_factor
+        return rows.amax() if (order == inf) != op.transposed else columns.amax() * column_factor
 
-    return certified(op, formula, factor=None if ord == 2 else 1.0)
+    return certified(op, formula, factor=None if order == 2 else 1.0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...linalg.krylov import with_gradient
+from ...linalg.memory import at_once
 from ...linalg.precision import float32_is_kept
 from ...linalg.symbols import half_plane, symbol
 from ...operators.arguments import on_kernel
@@ -15,8 +16,6 @@ from ...operators.base import KernelOperator
 from .certified import SQRT2, certified, check_oversampling, check_steps, sampling, squared_lengths
 from .frobenius_grid import largest_frobenius
 
-#: Bytes of symbols held at once.
-_CHUNK_BYTES = 1 << 27
 #: Below it float32 may know nothing of a symbol's norm, whose fourth power is taken.
 _UNDERFLOW = 1e-8
 
@@ -74,7 +73,7 @@ def _largest_iterated(kernel: Tensor, sizes: tuple[int, ...], steps: int) -> Ten
     theta, _ = half_plane(sizes, kernel)
     best, where, group = kernel.new_tensor(-1.0), 0, 0
     with torch.no_grad():
-        count = max(_CHUNK_BYTES // (64 * prod(kernel.shape[:3]) + 40 * prod(kernel.shape[3:])), 1)
+        count = at_once(64 * prod(kernel.shape[:3]) + 40 * prod(kernel.shape[3:]))
         for start in range(0, len(theta), count):
             symbols = symbol(kernel, theta[start : start + count]).flatten(0, 1)
             symbols = symbols if sizes else symbols.real
