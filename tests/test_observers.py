@@ -58,6 +58,22 @@ def test_a_supremum_off_every_coarse_grid() -> None:
         assert observers.lattice_norm(conv(weight)) == pytest.approx(2, rel=1e-12)
 
 
+@pytest.mark.parametrize("excess", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("angle", [0.4, 1.234, 2.6])
+def test_a_peak_off_the_grid_that_is_higher_by_little(angle: float, excess: float) -> None:
+    """Others are as high as the bound of the norm without it, and lie on the grid: `1 + z` of two taps, where `z = ±1`.
+
+    A rotation times `1 + ε` beside them has the eigenvalues `(1 + ε) exp(± i angle)`, so the norm is `2 + ε` at `θ = ± angle`.
+    """
+    c, s = (1 + excess) * cos(angle), (1 + excess) * sqrt(1 - cos(angle) ** 2)
+    for taps in (2, 3):  # with a tap of zeros between, all peaks occur twice
+        weight = torch.zeros(4, 4, taps, dtype=torch.float64)
+        weight[:, :, 0] = torch.eye(4)
+        weight[:, :, -1] = torch.diag(torch.tensor([c, c, 1, -1], dtype=torch.float64))
+        weight[0, 1, -1], weight[1, 0, -1] = -s, s
+        assert observers.lattice_norm(conv(weight)) == pytest.approx(2 + excess, rel=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_aliases_are_the_dense_torus(seed: int) -> None:
     """With strides and dilations that share factors, groups, one to three axes."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .precision import exact, float32_is_kept
+from .precision import exact, float32_is_kept, widest
 from .scaling import normalized
 
 #: Restarts after which a decomposition of a matrix of up to some size is cheaper.
@@ -141,6 +141,20 @@ def largest(
         fresh = _orthonormal(residual, basis)[:, : size - keep]
         basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
     raise RuntimeError(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts; raise `tol`.")
+
+
+@torch.no_grad()
+def seen_by(op: LinearMap, vectors: Tensor) -> Tensor:
+    """The singular values of the map on the span of some vectors, as rows in its shape, in float64: descending.
+
+    None exceeds that of the map with the same number, by more than rounding in float64, whatever the vectors are; on vectors that
+    `largest` has found they are the largest, up to the squares of their errors.
+    """
+    wide = widest(op.device)
+    op, scale = op.of_order_one(wide)
+    basis = torch.linalg.qr(vectors.to(wide).flatten(1).T).Q
+    image = op.matvec(basis.T.reshape(vectors.shape)).flatten(1)
+    return torch.linalg.svdvals(image)[: len(vectors)] * scale
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:

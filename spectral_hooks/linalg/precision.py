@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,6 +31,13 @@ def device_with_float64(device: torch.device) -> torch.device:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a weight of this one is computed with."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in another dtype, none of them larger; infinite where they are beyond its range."""
+    near = values.to(dtype)
+    larger = (near.to(values.dtype) > values) & near.isfinite()
+    return torch.where(larger, torch.nextafter(near, torch.full_like(near, -inf)), near)
 
 
 def full_precision(function: F) -> F:

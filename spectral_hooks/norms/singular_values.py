@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..linalg.gram import Gram
-from ..linalg.krylov import largest
+from ..linalg.krylov import largest, seen_by
 from ..linalg.memory import at_once
+from ..linalg.precision import rounded_down
 from ..linalg.scaling import normalized
 from ..linalg.symbols import half_plane, symbol
 from ..operators.arguments import on_operator
@@ -32,7 +33,7 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
       A float32 symbol that is far from square (strides, unequal channels) and needs no gradient goes through the eigenvalues of
       `F F*` in float64: faster, and no less accurate;
     - all others (zero padding): exact, by SVD of the dense matrix, when that is small; the `k` largest of any size by a
-      matrix-free block Krylov method, to 1e-6 of the largest or better.
+      matrix-free block Krylov method, to 1e-6 of the largest or better, from below.
 
     Args:
         op: a finite operator.
@@ -71,7 +72,7 @@ def _all_or_largest(op: LinearOperator, k: int | None, count: int) -> Tensor:
         return _on_grid(op, op.frequency_grid, count)[:k]
     entries = prod(op.in_shape) * prod(op.out_shape)
     if k is not None and entries > _SMALL_ENTRIES and 4 * k < count:
-        return largest(op, k).values
+        return rounded_down(seen_by(op, largest(op, k).right), op.dtype)
     if entries > _DENSE_ENTRIES:
         raise ValueError(f"the dense matrix of this operator has {entries} entries: ask for the `k` largest singular values.")
     return torch.linalg.svdvals(op.to_dense())[:k]

@@ -215,16 +215,18 @@ def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dty
     """For a canonical kernel of one tap; in `dtype` it is still inside."""
     kernel = op.canonical()
     high = high / op.lattice_factor
-    rounding = torch.finfo(kernel.dtype).eps * _ROUNDINGS
-    if dtype != kernel.dtype:
-        rounding += torch.finfo(dtype).eps / 2
+    found = torch.finfo(kernel.dtype).eps * _ROUNDINGS
+    rounding = found + (torch.finfo(dtype).eps / 2 if dtype != kernel.dtype else 0.0)
     # of every entry, so by the Frobenius norm at most the root of the rank as much in norm
-    room = 1 + sqrt(min(kernel.shape[1:3])) * rounding
-    inner = min(low * room, high), max(high / room, min(low * room, high))
+    root = sqrt(min(kernel.shape[1:3]))
+    room = 1 + root * rounding
+    # about zero numbers lie no closer than this, and every entry may be off by half of it
+    grain = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2 * sqrt(prod(kernel.shape[1:3]))
+    inner = min(low * room, high), max(high / room - grain, min(low * room, high))
     # what is half as near to the end stays as it is: a matrix that was moved is not moved again by its rounding
     kept = (
         sqrt(low * inner[0]) if inner[0] < high else low / room,
-        sqrt(high * inner[1]) if inner[1] > low else high * room,
+        max(sqrt(high * inner[1]), high / (1 + root * found)) if inner[1] > low else high * room,
     )
     moved = banded_values(kernel.flatten(2), *inner, kept=kept, inward=True)
     return op.from_canonical(moved.reshape(kernel.shape)).to(dtype)

@@ -197,6 +197,35 @@ def test_stored_values_obey_in_every_dtype(name: str, dtype: torch.dtype) -> Non
         assert 0.5 * (0.9 if dtype == torch.bfloat16 else 0.996) <= norm(layer) <= 0.5 * (1 + 1.1e-6)
 
 
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_stored_values_obey_bounds_among_the_smallest_numbers(name: str, dtype: torch.dtype) -> None:
+    """Rounding is as large as the entries there; in training, where the parameter follows, and in evaluation."""
+    spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for multiple in (0.7, 2.8, 11.0, 490.0):
+        for seed in range(3 if name in EXACT else 1):
+            torch.manual_seed(seed)
+            layer = WAYS[name]().to(dtype)
+            layer = clipped(layer, multiple * spacing)
+            original(layer).data.copy_(torch.randn(original(layer).shape))
+            for training in (False, True, True):
+                weight = layer.train(training).weight.detach().double() / spacing
+                op = sh.as_operator(layer).with_weight(weight)
+                assert float(sh.spectral_norm(op, rtol=1e-6)) <= multiple * (1 + 1e-6), (multiple, training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_small_numbers_that_are_inside_stay(dtype: torch.dtype) -> None:
+    """A signed permutation of the smallest number, which nothing but itself and zero is near."""
+    spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    layer = nn.Linear(6, 6, bias=False, dtype=dtype)
+    layer.weight.data = (torch.eye(6, dtype=torch.float64).roll(2, 1) * spacing).to(dtype)
+    before = layer.weight.detach().clone()
+    clipped(layer, spacing * 1.001)
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.eval().weight, before)
+
+
 @pytest.mark.parametrize("name", ["3×3", "matrix"])
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_scales_that_squares_do_not_survive(name: str, size: float) -> None:
