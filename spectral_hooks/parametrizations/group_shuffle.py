@@ -16,10 +16,12 @@ from ..linalg.precision import exact
 from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, as_operator
 from ..operators.padding import pad
-from .modules import CONV, Memory, OrthogonalConv, Unstrided
+from .geometry import Unstrided
+from .memory import Memory
+from .modules import CONV, OrthogonalConv
 from .remove import check_assigned, register
 from .skew import modulus_one, skew_bound
-from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar, polished
+from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar_factor, polished
 from .tensor_train import as_stored, by_groups
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -380,10 +382,10 @@ def _factors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
             u, _, vh = torch.linalg.svd(met[to, :, source])
             u, vh = u[:, : len(rows)], vh[: len(rows)]
             # any rotation between the two will do: one that takes the identity to identities
-            turn = polar(vh[:, rows]).mT
+            turn = polar_factor(vh[:, rows]).mT
             left[to][:, places] = u @ turn.mT
             right[source][rows] = turn @ vh
-    return polar(left), polar(right)
+    return polar_factor(left), polar_factor(right)
 
 
 def _dense(sides: Tensor, k: int) -> Tensor:
