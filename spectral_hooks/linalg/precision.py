@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 
 def exact(x: Tensor) -> Tensor:
@@ -36,18 +37,24 @@ def full_precision(function: F) -> F:
     """Run a function of something on a device, or of several, without autocast, which would take products in half precision."""
 
     @functools.wraps(function)
-    def wrapped(op: Any, *args: Any, **kwargs: Any) -> Any:
-        devices = {each.device.type for each in (op if isinstance(op, Sequence) else (op,))}
-
-        def run(left: list[str]) -> Any:
-            if not left:
-                return function(op, *args, **kwargs)
-            with torch.autocast(left[0], enabled=False):
-                return run(left[1:])
-
-        return run([device for device in devices if is_autocast(device)])
+    def wrapped(first: Any, *others: Any, **settings: Any) -> Any:
+        return without_autocast(function, first, *others, **settings)
 
     return cast(F, wrapped)
+
+
+def without_autocast(function: Callable[..., Result], first: Any, *others: Any, **settings: Any) -> Result:
+    """`function(first, *others)`, undisturbed by autocast on the device of the first, or on those of a sequence."""
+    devices = {each.device.type for each in (first if isinstance(first, Sequence) else (first,))}
+    # nested calls and no stack of contexts, which compilers do not trace
+    return _without([device for device in devices if is_autocast(device)], function, first, *others, **settings)
+
+
+def _without(devices: list[str], function: Callable[..., Result], *inputs: Any, **settings: Any) -> Result:
+    if not devices:
+        return function(*inputs, **settings)
+    with torch.autocast(devices[0], enabled=False):
+        return _without(devices[1:], function, *inputs, **settings)
 
 
 def is_autocast(device: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import floor, log2
+from math import floor, inf, log2
 
 import torch
 from torch import Tensor
 
-from .precision import exact
+from .precision import at_least_float32, exact, widest
 
 _NOT_FINITE = "`weight` contains NaN or infinity: look at the training step before; the weight is left as it is."
 
@@ -25,6 +25,16 @@ def normalized(kernel: Tensor) -> tuple[Tensor, float]:
         raise ValueError(_NOT_FINITE)
     scale = 2.0 ** floor(log2(largest)) if largest else 1.0
     return kernel / scale, scale
+
+
+def unit_scale(weight: Tensor) -> Tensor:
+    """The power of two that takes the largest entry to [1, 2), or as near as it can itself be a number of the dtype.
+
+    0-d and on the device, for what nothing is to wait for.
+    """
+    largest = torch.linalg.vector_norm(weight.detach(), inf).to(widest(weight.device))
+    most = -log2(torch.finfo(at_least_float32(weight.dtype)).smallest_normal)
+    return largest.log2().floor().clamp(-most, most).neg().exp2()
 
 
 def normalized_each(kernel: Tensor) -> tuple[Tensor, Tensor]:

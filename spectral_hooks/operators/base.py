@@ -122,6 +122,14 @@ class KernelOperator(LinearOperator):
         """`lattice_factor`, and where that needs an input size and there is none, its supremum over all that torch allows."""
         return self.lattice_factor
 
+    def check_bounded(self) -> None:
+        """Raise what keeps the operator from having a bound without an input size.
+
+        Raises:
+            ValueError: the padding repeats inputs, more or less of them with the size.
+        """
+        _ = self.lattice_factor
+
     def to(self: SelfWithKernel, dtype: torch.dtype) -> SelfWithKernel:
         return self.with_weight(self.weight.to(dtype))
 

@@ -7,8 +7,9 @@ from math import pi, prod, sqrt
 import torch
 from torch import Tensor, nn
 
+from ..linalg.fourier import from_frequencies, to_frequencies
 from ..linalg.symbols import product
-from .modules import OrthogonalConv, from_frequencies, to_frequencies
+from .modules import OrthogonalConv
 from .stiefel import FAR, bounded, polished
 
 

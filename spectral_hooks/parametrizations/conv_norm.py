@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linalg.fourier import from_frequencies, to_frequencies
 from ..linalg.precision import widest
 from ..linalg.symbols import product, symbol
 from ..operators import ConvOperator, KernelOperator, as_operator
 from ..operators.padding import pad
-from .modules import CONV, Memory, convolution, from_frequencies, plain, take_over, to_frequencies
+from .geometry import convolution
+from .memory import Memory
+from .modules import CONV, plain, take_over
 from .stiefel import held
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.

@@ -16,7 +16,9 @@ from ..linalg.precision import exact
 from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, as_operator
 from ..operators.padding import pad
-from .modules import CONV, Memory, OrthogonalConv, Unstrided
+from .geometry import Unstrided
+from .memory import Memory
+from .modules import CONV, OrthogonalConv
 from .remove import check_assigned, register
 from .skew import modulus_one, skew_bound
 from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar, polished

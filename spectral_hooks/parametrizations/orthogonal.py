@@ -83,7 +83,7 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
     if map not in MAPS:
         raise ValueError(f"`map` must be one of {', '.join(MAPS)}; got {map!r}.")
     op = as_operator(layer)
-    op.lattice_factor  # noqa: B018 (asked for its error: padding that repeats inputs)
+    op.check_bounded()
     if isinstance(op, ConvOperator):
         blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
         if all(shape[-2:] == (1, 1) for shape in blocks.shapes.values()):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..linalg.precision import widest
 from ..linalg.symbols import half_plane, symbol
+from ..norms.quick import quick, sampling_grid
 from ..operators import ConvOperator
 from ..operators.padding import pad
 from .modules import CONV, OrthogonalConv
-from .rescaled import quick, result_dtype, sampling_grid
 from .stiefel import held
 
 #: How far, below one, the squared modulus of the polynomial may fall.
@@ -203,12 +203,12 @@ def _powered(kernel: Tensor, theta: Tensor) -> Tensor:
     """`‖J(θ)^(2^t)‖_F^(1 / 2^t)`, for every frequency and group."""
     taps = prod(kernel.shape[3:])
     # the largest norm of the symbol lies between the Frobenius norm over √n and times √taps, so no power overflows
-    length = torch.linalg.vector_norm(kernel.detach().flatten(1), dim=1, dtype=result_dtype(kernel)).amax()
+    length = torch.linalg.vector_norm(kernel.detach().flatten(1), dim=1, dtype=widest(kernel.device)).amax()
     scale = (length * (taps / kernel.shape[1]) ** 0.25).clamp(min=torch.finfo(kernel.dtype).tiny)
     power = symbol(kernel / scale.to(kernel.dtype), theta).flatten(0, 1)
     for _ in range(_SQUARINGS):
         power = power @ power
     parts = torch.view_as_real(power).flatten(1)
-    lengths = torch.linalg.vector_norm(parts, dim=1, dtype=result_dtype(parts))
+    lengths = torch.linalg.vector_norm(parts, dim=1, dtype=widest(parts.device))
     # a root has no derivative at zero
     return lengths.clamp(min=torch.finfo(lengths.dtype).tiny).pow(2.0**-_SQUARINGS) * scale

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..linalg.precision import is_autocast, widest
+from ..linalg.precision import at_least_float32, widest, without_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,12 +36,9 @@ def in_full_precision(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *others: Any) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = at_least_float32(x.dtype)
         inputs = [t.to(wide) if isinstance(t, Tensor) else t for t in (x, *others)]
-        if not is_autocast(x.device.type):
-            return function(*inputs).to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return function(*inputs).to(x.dtype)
+        return without_autocast(function, *inputs).to(x.dtype)
 
     return cast(F, wrapped)
 

@@ -43,7 +43,7 @@ def orthogonal_(layer: nn.Module, gain: float = 1.0, *, generator: torch.Generat
     Source: Saxe, McClelland and Ganguli (2014); kernels: Li et al. (2019).
     """
     op = as_operator(layer)
-    op.lattice_factor  # noqa: B018 (asked for its error: padding that repeats inputs)
+    op.check_bounded()
     if isinstance(op, ConvOperator):
         blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
         weight = compose(blocks, {name: _uniform(shape, op.weight, generator) for name, shape in blocks.shapes.items()})
@@ -85,7 +85,7 @@ def delta_orthogonal_(layer: nn.Module, gain: float = 1.0, *, generator: torch.G
     op = as_operator(layer)
     if not isinstance(op, ConvOperator):
         return orthogonal_(layer, gain, generator=generator)
-    op.lattice_factor  # noqa: B018 (asked for its error: padding that repeats inputs)
+    op.check_bounded()
     rows, columns, *taps = op.weight.shape
     weight = torch.zeros_like(op.weight)
     middle = _uniform((op.groups, rows // op.groups, columns), op.weight, generator).flatten(0, 1)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import spectral_hooks as sh
-from spectral_hooks.parametrizations.clipped import Clipped, _Excess, _excess, banded, banded_values, clipped
+from spectral_hooks.parametrizations.clipped import Clipped, banded, clipped
+from spectral_hooks.parametrizations.differentiable import ExcessWithGradient, banded_values
+from spectral_hooks.parametrizations.differentiable import excess as differentiable_excess
 from spectral_hooks.parametrizations.remove import remove_spectral
 
 COPYING = ("reflect", "replicate")
@@ -64,7 +66,7 @@ def matrices(layer: nn.Module) -> Tensor:
 
 def excess(x: Tensor, level: float) -> tuple[Tensor, float]:
     """What a clip takes away, however far outside."""
-    taken, peak = _excess(x, level)
+    taken, peak = differentiable_excess(x, level)
     return x - banded_values(x, 0.0, level) if taken is None else taken, peak
 
 
@@ -127,7 +129,7 @@ def test_gradient_of_the_excess_where_singular_values_coincide_or_vanish(values:
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 4, dtype=torch.float64)).Q for n in (4, 6))
     x = ((u * torch.tensor(values, dtype=torch.float64)) @ v.T)[None].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: _Excess.apply(x / level)[0] * level, (x,))
+    assert torch.autograd.gradcheck(lambda x: ExcessWithGradient.apply(x / level)[0] * level, (x,))
 
 
 def test_excess_in_float32_is_as_close_as_its_squares_allow() -> None:

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize, prune
 
 import spectral_hooks as sh
+from spectral_hooks.norms.quick import quick
 from spectral_hooks.parametrizations import remove_spectral, rescaled, spectral_report
-from spectral_hooks.parametrizations.rescaled import quick
 
 COPYING = ("reflect", "replicate")
 ON_LATTICE = [case for case in FEW_CONVS if case.mode not in COPYING]

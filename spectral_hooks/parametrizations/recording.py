@@ -1,0 +1,39 @@
+"""Whether operations are recorded or transformed rather than done, and what is recorded as a constant then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+
+def is_recorded(weight: Tensor) -> bool:
+    """Whether operations are recorded for later, on other values: compiled, exported, traced, or on no values at all."""
+    return weight.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def unrecorded(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """A function of a weight as a constant of what `torch.jit.trace` records."""
+    if not torch.jit.is_tracing():
+        return make(weight)
+    state = torch._C._get_tracing_state()
+    set_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
+    try:
+        return make(weight.detach())
+    finally:
+        set_state(state)
+
+
+def exported(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """A function of a weight; in an ONNX model that is traced, for which decompositions are unknown, the constant that it is."""
+    return unrecorded(make, weight) if torch.onnx.is_in_onnx_export() else make(weight)
+
+
+def is_transformed(weight: Tensor) -> bool:
+    """Whether it stands for more than its values: a batched tensor cannot be compared, a dual one would lose its tangent."""
+    return is_functorch_wrapped_tensor(weight) or forward_ad.unpack_dual(weight).tangent is not None
