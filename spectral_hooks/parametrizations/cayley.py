@@ -9,32 +9,39 @@ from torch import Tensor, nn
 
 from ..linalg.fourier import from_frequencies, to_frequencies
 from ..linalg.symbols import product
+from ..projections.arguments import check_max_norm
 from .modules import OrthogonalConv
 from .stiefel import FAR, bounded, polished
 
 
-def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
-    """Replace a convolution by an orthogonal one of the same shapes, with periodic boundary.
+def cayley(layer: nn.modules.conv._ConvNd, max_norm: float = 1.0) -> CayleyConv:
+    """Replace a convolution by an orthogonal one of the same shapes, times a gain, with periodic boundary.
 
     At every frequency of the input's own grid, with `F = [U; V]` the symbol of the layer's kernel and `U` its square part,
 
-        Q = [2R - I; -2VR],   R = (I + U - U* + V*V)⁻¹,
+        A = c Q,   Q = [2R - I; -2VR],   R = (I + U - U* + V*V)⁻¹,
 
     the Cayley transform; of `F*`, and transposed back, where there are fewer outputs than inputs. A stride is dealt with by space
-    to depth before. Close to its limit the transform hardly moves, and the inverse loses digits: kernels `K` with
-    `√taps ‖K‖ > 128`, the norm that of the matrix `outputs · taps × inputs`, are `bounded` in length.
+    to depth before. A transposed convolution becomes `A*`, the adjoint of what the convolution with the same kernel and geometry,
+    from its outputs to its inputs, would become.
 
-    Guaranteed: `AᵀA = I` (`AAᵀ = I` where there are fewer outputs than inputs) up to rounding, 2e-6 in float32, in training and
-    evaluation, for every weight and at every input size, rectangular ones too. The map wraps around whatever the layer's own
+    Close to its limit the transform hardly moves, and the inverse loses digits: kernels `K` with `√taps ‖K‖ > 128`, the norm that
+    of the matrix `outputs · taps × inputs`, are `bounded` in length.
+
+    Guaranteed: `AᵀA = c² I` (`AAᵀ = c² I` where there are fewer outputs than inputs) up to rounding, 2e-6 in float32, in training
+    and evaluation, for every weight and at every input size, rectangular ones too. The map wraps around whatever the layer's own
     padding: zero padding becomes circular. For orthogonality under zero padding see `skew`.
 
     Args:
-        layer: an `nn.Conv1d/2d/3d` with zero or circular padding that keeps the size, or divides it by the stride. The parameters
+        layer: an `nn.Conv1d/2d/3d` with zero or circular padding that keeps the size, or divides it by the stride; or an
+            `nn.ConvTranspose1d/2d/3d` that multiplies it by the stride, as the right `output_padding` does. The parameters
             become those of the result, under the same names and in the same shapes, so plain checkpoints load.
+        max_norm: the gain `c > 0`.
 
     Returns:
-        The module to put in the place of the layer: `model.conv = cayley(model.conv)`. The stride must divide the input size. The
-        kernel, as large as the input, is another one for every input size, though little changes near its middle.
+        The module to put in the place of the layer: `model.conv = cayley(model.conv)`. The stride must divide the input size, or,
+        transposed, the output is the stride times as large as the input. The kernel, as large as the input, is another one for
+        every input size, though little changes near its middle.
 
     Cost: for half of the frequencies an inverse, of as many rows as the smaller number of channels, in every training forward. In
     evaluation without gradients, uncompiled, that is remembered for the last eight input sizes, while the weight stays the same:
@@ -42,8 +49,9 @@ def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
 
     Raises:
         TypeError: `layer` is no convolution.
-        ValueError: the layer changes the size by more than its stride, or its weight is no parameter.
-        NotImplementedError: transposed, reflect or replicate padding, dilation together with a stride or an even kernel.
+        ValueError: `max_norm` is no positive number, the layer changes the size by more than its stride, or its weight is no
+            parameter.
+        NotImplementedError: reflect or replicate padding, dilation together with a stride or an even kernel.
 
     Example:
         >>> import torch
@@ -55,30 +63,51 @@ def cayley(layer: nn.modules.conv._ConvNd) -> CayleyConv:
 
     Source: Trockman and Kolter (2021), who also normalize the kernel.
     """
-    return CayleyConv(layer)
+    check_max_norm(max_norm)
+    return CayleyConv(layer, max_norm)
 
 
 class CayleyConv(OrthogonalConv):
-    """What `cayley` puts in the place of a layer: a norm-preserving circular convolution, with a kernel as large as the input.
+    """What `cayley` puts in the place of a layer: a norm-preserving circular convolution times a gain, or its adjoint.
+
+    Its kernel is as large as the input.
 
     Args:
         layer: the convolution whose parameters this takes over.
+        max_norm: as for `cayley`.
     """
 
-    def __init__(self, layer: nn.modules.conv._ConvNd) -> None:
-        super().__init__(layer, "cayley")
+    def __init__(self, layer: nn.modules.conv._ConvNd, max_norm: float = 1.0) -> None:
+        super().__init__(layer, "cayley", max_norm)
 
     def _map(self, x: Tensor) -> Tensor:
         """`Q(θ)` applied to every frequency of `x`."""
-        geometry = self.geometry
-        x = geometry.to_depth(x)
+        x = self.geometry.to_depth(x)
+        sizes = tuple(x.shape[2:])
+        return self._multiplied(x, self._remembered(sizes, adjoint=False))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        """`Q(θ)*` applied to every frequency of `y`."""
+        sizes = tuple(y.shape[2:])
+        return self.geometry.from_depth(self._multiplied(y, self._remembered(sizes, adjoint=True)))
+
+    def _remembered(self, sizes: tuple[int, ...], adjoint: bool) -> Tensor:
+        """What rows, the channels at a frequency, are multiplied by: `Qᵀ`, or the conjugate of `Q`."""
+
+        def make(weight: Tensor) -> Tensor:
+            q = self._transform(weight, sizes)
+            return _prepared(q.mH if adjoint else q)
+
+        return self._memory(self, self.weight, make, (sizes, adjoint))
+
+    def _multiplied(self, x: Tensor, q: Tensor) -> Tensor:
+        """The channels of a batch, at every frequency, times these matrices."""
         sizes, axes = tuple(x.shape[2:]), tuple(range(2, x.ndim))
-        q = self._memory(self, self.weight, lambda weight: _prepared(self._transform(weight, sizes)), sizes)
         x = to_frequencies(x, axes)
         shape = x.shape[2:]
         # (groups, frequencies, batch, channels) and back; products and transforms are faster after a copy
-        x = x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 3, 0, 2).contiguous()
-        y = _times(x.flatten(0, 1), q).unflatten(0, (geometry.groups, -1)).permute(2, 0, 3, 1).contiguous()
+        x = x.flatten(2).unflatten(1, (self.geometry.groups, -1)).permute(1, 3, 0, 2).contiguous()
+        y = _times(x.flatten(0, 1), q).unflatten(0, (self.geometry.groups, -1)).permute(2, 0, 3, 1).contiguous()
         return from_frequencies(y.flatten(1, 2).unflatten(2, shape), sizes, axes)
 
     def _transform(self, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -89,7 +118,7 @@ class CayleyConv(OrthogonalConv):
         matrix = kernel.movedim(2, -1)
         shorter = bounded(matrix.flatten(1, -2), FAR / sqrt(prod(kernel.shape[3:])))
         kernel = shorter.view(matrix.shape).movedim(-1, 2)
-        q = _cayley(_symbol(kernel, sizes, geometry.radius, geometry.dilation))
+        q = _transformed(_symbol(kernel, sizes, geometry.radius, geometry.dilation))
         return q.transpose(0, 1).flatten(0, 1).mT.contiguous()
 
 
@@ -125,11 +154,11 @@ def _symbol(kernel: Tensor, sizes: tuple[int, ...], radius: tuple[int, ...], dil
     return values.unflatten(1, kernel.shape[:3])
 
 
-def _cayley(x: Tensor) -> Tensor:
-    """Batches of matrices with orthonormal columns, or rows where there are fewer of them."""
+def _transformed(x: Tensor) -> Tensor:
+    """The Cayley transforms of batches of matrices: orthonormal columns, or rows where there are fewer of them."""
     rows, columns = x.shape[-2:]
     if rows < columns:
-        return _cayley(x.mH).mH
+        return _transformed(x.mH).mH
     upper, lower = x[..., :columns, :], x[..., columns:, :]
     identity = torch.eye(columns, dtype=x.dtype, device=x.device)
     inverse = torch.linalg.inv(identity + upper - upper.mH + lower.mH @ lower)

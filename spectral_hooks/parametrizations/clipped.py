@@ -15,12 +15,12 @@ from ..linalg.precision import at_least_float32, full_precision, without_autocas
 from ..linalg.scaling import check_finite, unit_scale
 from ..linalg.symbols import symbol
 from ..norms.bounds import cosine_grid
+from ..norms.bracket import TOLERANCE
 from ..norms.lattice import lattice_norm
 from ..operators import as_operator
 from ..operators.base import KernelOperator, is_number
 from ..projections.arguments import check_max_norm
 from ..projections.frequencies import FrequencyGrid
-from ..projections.outside import TOLERANCE
 from .differentiable import banded_values, excess
 from .following import At, may_follow, start_inside
 from .memory import Memory

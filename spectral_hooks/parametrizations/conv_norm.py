@@ -14,9 +14,9 @@ from ..linalg.precision import widest
 from ..linalg.symbols import product, symbol
 from ..operators import ConvOperator, KernelOperator, as_operator
 from ..operators.padding import pad
-from .geometry import convolution
+from .geometry import CONV, convolution
 from .memory import Memory
-from .modules import CONV, plain, take_over
+from .modules import plain, take_over
 from .stiefel import held
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
@@ -33,8 +33,9 @@ def conv_norm(layer: nn.modules.conv._ConvNd) -> ConvNorm:
 
     Guaranteed, for circular padding that keeps the size or divides it by the stride: every output channel is a map `A_o` with
     `A_o A_oᵀ = I` (where its energy at a frequency is below 1e-6 of its mean there, less). Together they have a norm between 1
-    and the square root of the channels in a group; for that to be bounded by one see `skew`, `cayley` and `rescaled`. For other
-    paddings it is the same filter after the layer's own convolution.
+    and the square root of the channels in a group, which depends on the weight: so there is no `max_norm` here, for no gain makes
+    that norm a given one. For a bound see `skew`, `cayley` and `rescaled`. For other paddings it is the same filter after the
+    layer's own convolution.
 
     Args:
         layer: an `nn.Conv1d/2d/3d`. The parameters become those of the result, under the same names and in the same shapes, so
@@ -61,7 +62,8 @@ def conv_norm(layer: nn.modules.conv._ConvNd) -> ConvNorm:
 
     Source: Liu, Li, Zhai, You, Zhu, Fernandez-Granda and Qu (2021), "Convolutional normalization".
     """
-    convolution(layer, "conv_norm")
+    if convolution(layer, "conv_norm").transposed:
+        raise NotImplementedError("conv_norm of a transposed convolution is not supported: use a convolution and upsampling.")
     return ConvNorm(layer)
 
 
@@ -85,6 +87,7 @@ class ConvNorm(nn.Module):
     def extra_repr(self) -> str:
         out, in_, *taps = self.weight.shape
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
+        settings += "" if self.bias is not None else ", bias=False"
         return f"{in_ * self.groups}, {out}, kernel_size={tuple(taps)}, {settings}"
 
     def forward(self, x: Tensor) -> Tensor:

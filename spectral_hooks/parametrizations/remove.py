@@ -92,7 +92,8 @@ def spectral_report(model: nn.Module) -> dict[str, str]:
         if "parametrizations" in name.split(".") or any(name.startswith(prefix) for prefix in replaced):
             continue
         if (kind := _kind(layer)) and _is_replacement(layer):
-            report[name] = kind.__name__
+            gain = getattr(layer, "max_norm", None)
+            report[name] = kind.__name__ if gain is None else f"{kind.__name__}(max_norm={gain})"
             replaced.append(f"{name}." if name else "")
             continue
         made = [repr(p) for tensor in spectral_tensors(layer) for p in _held(layer, tensor)]

@@ -4,8 +4,9 @@ Each map takes a real tensor `(*batch, p, q)` to one of the same shape with orth
 finite tensor, zero and 1e30 alike, with a finite derivative, without a look at any value (so it compiles), at a cost of
 `O(p q²)`. Half precision is computed in float32 and cast at the end; autocast does not reach inside.
 
-`cayley` and `exponential` start from a frame `base`, by default the first `q` columns of the identity: zero is mapped to it, and
-there the derivative is the projection on the tangent space. They reach every frame near it, and take long tensors `bounded`.
+`cayley_transform` and `exponential` start from a frame `base`, by default the first `q` columns of the identity: zero is mapped
+to it, and there the derivative is the projection on the tangent space. They reach every frame near it, and take long tensors
+`bounded`.
 `qr` and `householder` reach every frame. `origin` gives what maps to a given frame, for each of them.
 """
 
@@ -23,8 +24,8 @@ from ..linalg.precision import at_least_float32, widest, without_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Up to this length a tensor is taken as it is, and none as more than twice as long. The matrix that `cayley` inverts then has a
-#: norm of at most 8,300: in float32 an error of up to 5e-3 is left to polish, which takes it to some 2e-7.
+#: Up to this length a tensor is taken as it is, and none as more than twice as long. The matrix that `cayley_transform` inverts
+#: then has a norm of at most 8,300: in float32 an error of up to 5e-3 is left to polish, which takes it to some 2e-7.
 FAR = 128.0
 
 
@@ -71,7 +72,7 @@ def bounded(x: Tensor, most: float = FAR) -> Tensor:
 
 
 @in_full_precision
-def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
+def cayley_transform(x: Tensor, base: Tensor | None = None) -> Tensor:
     """The Cayley transform of a tangent vector at a frame.
 
         Q = (Y + V/2) B⁻¹ - Y,   B = I/2 - (U - Uᵀ)/8 + VᵀV/8,   U = Yᵀx,  V = x - YU,
@@ -91,8 +92,8 @@ def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from spectral_hooks.parametrizations.stiefel import cayley
-        >>> q = cayley(torch.randn(7, 3, dtype=torch.float64))
+        >>> from spectral_hooks.parametrizations.stiefel import cayley_transform
+        >>> q = cayley_transform(torch.randn(7, 3, dtype=torch.float64))
         >>> torch.allclose(q.T @ q, torch.eye(3, dtype=torch.float64))
         True
 
@@ -117,7 +118,7 @@ def cayley(x: Tensor, base: Tensor | None = None) -> Tensor:
 
 @in_full_precision
 def exponential(x: Tensor, base: Tensor | None = None) -> Tensor:
-    """The geodesic from a frame along a tangent vector: `Q = exp(L) Y`, with the skew `L` of `cayley`.
+    """The geodesic from a frame along a tangent vector: `Q = exp(L) Y`, with the skew `L` of `cayley_transform`.
 
     Square: `Q = Y exp((x - xᵀ) / 2)`. Tall: `L = [W, Y] [Y, -W]ᵀ` has rank `2q`, so an exponential of `3q × 3q` is enough.
 
@@ -203,7 +204,7 @@ def householder(x: Tensor) -> Tensor:
 
 #: Every map by its name, and whether it takes a base. The latter start at zero.
 MAPS: dict[str, tuple[Callable[..., Tensor], bool]] = {
-    "cayley": (cayley, True),
+    "cayley": (cayley_transform, True),
     "qr": (qr, False),
     "exp": (exponential, True),
     "householder": (householder, False),
@@ -235,7 +236,7 @@ def origin(name: str, frame: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def inverse_cayley(frame: Tensor, base: Tensor | None = None) -> Tensor:
-    """The `x` with `cayley(x, base) = frame`, where it exists: `YᵀQ` without eigenvalue -1."""
+    """The `x` with `cayley_transform(x, base) = frame`, where it exists: `YᵀQ` without eigenvalue -1."""
     p, q = frame.shape[-2:]
     base = _identity(frame) if base is None else base
     top = base.mT @ frame

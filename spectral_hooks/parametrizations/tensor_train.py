@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from ..linalg.precision import exact
 from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, DenseOperator, KernelOperator, as_operator
+from ..operators.base import is_whole
+from .geometry import CONV, CONV_TRANSPOSE, MODULES, MODULES_TRANSPOSE, differing
+from .layout import as_stored, by_groups
+from .modules import load_plain
 from .remove import check_whole
-from .stiefel import cayley, in_full_precision, inverse_cayley
+from .stiefel import cayley_transform, in_full_precision, inverse_cayley
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: Torch's classes of layers that can be replaced.
+_KINDS = (nn.Linear, *MODULES.values(), *MODULES_TRANSPOSE.values())
 #: What a layer's forward needs beside its weight.
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "transposed")
 
@@ -104,6 +108,7 @@ class TensorTrain(nn.Module):
     weight: Tensor
     #: Parameters of frames, whose norm is 1 whatever they are: for hooks, which bound the core.
     isometries = ("in_free", "out_free")
+    kept = ("weight", "out_free", "in_free")
     bias: nn.Parameter | None
     in_free: Tensor
     out_free: Tensor
@@ -123,31 +128,45 @@ class TensorTrain(nn.Module):
                 setattr(self, name, getattr(layer, name))
             self._around = layer._reversed_padding_repeated_twice
         self.ranks = ranks
-        core, outer, inner, self.error = self._converted(weight)
+        made = self.converted(weight)
         with torch.enable_grad():  # that of a parametrized weight is computed
             trained = layer.weight.requires_grad
-        for name, value in (("weight", core), ("out_free", outer), ("in_free", inner)):
+        for name, value in zip(self.kept, made, strict=True):
             setattr(self, name, nn.Parameter(value, requires_grad=trained))
         bias = layer.bias
         self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach()))
         self.train(layer.training)
-        self.register_load_state_dict_pre_hook(_load_plain)
+        self.register_load_state_dict_pre_hook(load_plain)
         if not self.dims:
             self.register_forward_pre_hook(_called)
 
     @property
     def in_frame(self) -> Tensor:
         """`R`, orthonormal columns in each group, `(groups, in / groups, r)`."""
-        return cayley(self.in_free)
+        return cayley_transform(self.in_free)
 
     @property
     def out_frame(self) -> Tensor:
         """`L`, orthonormal columns in each group, `(groups, out / groups, r)`."""
-        return cayley(self.out_free)
+        return cayley_transform(self.out_free)
 
     def extra_repr(self) -> str:
-        shape = f"{self.groups * self.in_free.shape[1]}, {self.groups * self.out_free.shape[1]}"
-        return f"{self.kind.__name__}, {shape}, rank={self.ranks}, error={self.error:.3g}"
+        ones = (1,) * self.dims
+        settings: dict[str, tuple[object, object]] = {"bias": (self.bias is not None, True)}
+        if self.dims:
+            zeros = (0,) * self.dims
+            settings |= {
+                "kernel_size": (tuple(self.weight.shape[2:]), None),
+                "stride": (self.stride, None),
+                "padding": (self.padding, zeros),
+                "output_padding": (self.output_padding, zeros),
+                "dilation": (self.dilation, ones),
+                "groups": (self.groups, 1),
+                "padding_mode": (self.padding_mode, "zeros"),
+            }
+        channels = (self.groups * self.in_free.shape[1], self.groups * self.out_free.shape[1])
+        shown = [self.kind.__name__, *map(str, channels), *differing(settings)]
+        return ", ".join([*shown, f"rank={self.ranks}", f"error={self.error:.3g}"])
 
     def forward(self, x: Tensor) -> Tensor:
         outer, inner = self._frames()
@@ -158,7 +177,7 @@ class TensorTrain(nn.Module):
         """`L` and `R`: of equal shape together, for of small ones the calls are what costs."""
         if self.out_free.shape != self.in_free.shape:
             return self.out_frame, self.in_frame
-        outer, inner = cayley(torch.stack([self.out_free, self.in_free]))
+        outer, inner = cayley_transform(torch.stack([self.out_free, self.in_free]))
         return outer, inner
 
     def _pointwise(self, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -166,7 +185,7 @@ class TensorTrain(nn.Module):
         if not self.dims:
             return F.linear(x, matrices[0], bias)
         if not self._is_stack(x, matrices):
-            return _CONV[self.dims](x, self._one_tap(matrices), bias, groups=self.groups)
+            return CONV[self.dims](x, self._one_tap(matrices), bias, groups=self.groups)
         images, _, *size = x.shape
         left = matrices.expand(images, *matrices.shape).flatten(0, 1)
         right = x.reshape(len(left), left.shape[2], prod(size))
@@ -189,13 +208,13 @@ class TensorTrain(nn.Module):
         if not self.dims:
             return F.linear(x, self.weight)
         if self.transposed:
-            return _CONV_TRANSPOSE[self.dims](
+            return CONV_TRANSPOSE[self.dims](
                 x, self.weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation
             )
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._around, self.padding_mode), 0
-        return _CONV[self.dims](x, self.weight, None, self.stride, padding, self.dilation, self.groups)
+        return CONV[self.dims](x, self.weight, None, self.stride, padding, self.dilation, self.groups)
 
     # -- to and from a plain layer --------------------------------------------------------------------------------------------
 
@@ -208,7 +227,7 @@ class TensorTrain(nn.Module):
     @torch.no_grad()
     def to_sequential(self) -> nn.Sequential:
         """Three plain layers of the same map: to `r` channels, the core, and back, with the same bias parameter."""
-        kind: type[nn.Module] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.dims]
+        kind: type[nn.Module] = MODULES[self.dims] if self.dims else nn.Linear
         groups = {"groups": self.groups} if self.dims else {}
         after, before = (self._one_tap(matrices).clone() for matrices in (self.out_frame, self.in_frame.mT))
         return nn.Sequential(
@@ -238,19 +257,27 @@ class TensorTrain(nn.Module):
         kernel = in_full_precision(_around_core)(by_groups(core, self.groups, self.transposed), outer, inner)
         return as_stored(kernel, self.transposed)
 
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """Of the weight of the layer that this is in the place of."""
+        core = by_groups(self.weight, self.groups, self.transposed)
+        shape = (len(core), self.out_free.shape[1], self.in_free.shape[1], *core.shape[3:])
+        return as_stored(core.new_empty(shape, device="meta"), self.transposed).shape
+
     @torch.no_grad()
-    def _converted(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """The core, what its frames are made from, and the error, for a plain weight; all in its dtype and on its device."""
+    def converted(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The core and what its frames are made from, for a plain weight, in its dtype and on its device; keeps the `error`."""
         kernel = by_groups(weight, self.groups, self.transposed)
         # Apple's GPUs have no float64
         kernel = exact(kernel)
         free = [inverse_cayley(_frame(kernel, axis, r)).to(weight) for axis, r in zip((1, 2), self.ranks[::-1], strict=True)]
         # with the frames as they are after rounding, so that at full rank nothing is lost but that
-        outer, inner = (cayley(x).to(kernel) for x in free)
+        outer, inner = (cayley_transform(x).to(kernel) for x in free)
         core = as_stored(_around_core(kernel, outer.mT, inner.mT), self.transposed).to(weight)
         lost = torch.linalg.vector_norm(self._dense(core.to(kernel), outer, inner) - as_stored(kernel, self.transposed))
         size = torch.linalg.vector_norm(kernel)
-        return core, free[0], free[1], float(lost / size) if size else 0.0
+        self.error = float(lost / size) if size else 0.0
+        return core, free[0], free[1]
 
 
 @as_operator.register
@@ -264,19 +291,6 @@ def _core(layer: TensorTrain, input_size: int | Sequence[int] | None = None) -> 
 
 def _called(layer: nn.Module, inputs: Any) -> None:
     """Does nothing: without a hook nn.TransformerEncoderLayer, in eval mode, multiplies by the weight of its child, the core."""
-
-
-def _load_plain(layer: TensorTrain, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: the weight of a plain layer, known by the lack of frames, is converted."""
-    names = [f"{prefix}{name}" for name in ("weight", "out_free", "in_free")]
-    if names[0] in state and not any(name in state for name in names[1:]):
-        weight = state[names[0]]
-        core = by_groups(layer.weight, layer.groups, layer.transposed)
-        plain = core.new_empty(len(core), layer.out_free.shape[1], layer.in_free.shape[1], *core.shape[3:], device="meta")
-        if weight.shape == as_stored(plain, layer.transposed).shape:
-            check_finite(weight)
-            core, outer, inner, layer.error = layer._converted(weight.to(layer.weight.dtype))
-            state.update(zip(names, (core, outer, inner), strict=True))
 
 
 def _kind(layer: nn.Module) -> type[nn.Module]:
@@ -299,24 +313,13 @@ def _kind(layer: nn.Module) -> type[nn.Module]:
 
 def _ranks(rank: int | Sequence[int], outputs: int, inputs: int, taps: int) -> tuple[int, int]:
     """Channels of the core, inputs and outputs: no more than there are, nor than the kernel's unfoldings can have."""
-    pair = (rank, rank) if isinstance(rank, int) else tuple(rank) if isinstance(rank, Sequence) else ()
+    pair = tuple(rank) if isinstance(rank, (Sequence, np.ndarray)) else (rank, rank)
     most = max(outputs, inputs)
-    if len(pair) != 2 or not all(isinstance(r, int) and not isinstance(r, bool) and 1 <= r <= most for r in pair):
+    if len(pair) != 2 or not all(is_whole(r) and 1 <= r <= most for r in pair):
         raise ValueError(
             f"`rank` must be an int from 1 to {most}, the channels of a group, or two (inputs, outputs); got {rank!r}."
         )
-    return min(pair[0], inputs, outputs * taps), min(pair[1], outputs, inputs * taps)
-
-
-def by_groups(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """A stored weight as `(groups, outputs, inputs, *taps)`."""
-    kernel = weight.unflatten(0, (groups, -1))
-    return kernel.transpose(1, 2) if transposed else kernel
-
-
-def as_stored(kernel: Tensor, transposed: bool) -> Tensor:
-    """The inverse of `by_groups`."""
-    return (kernel.transpose(1, 2) if transposed else kernel).flatten(0, 1).contiguous()
+    return min(int(pair[0]), inputs, outputs * taps), min(int(pair[1]), outputs, inputs * taps)
 
 
 def _around_core(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Exponential(nn.Module):
 METHODS: dict[str, tuple[Callable[[nn.Conv2d], nn.Module], bool]] = {
     "skew, degree 4": (skew, True),
     "skew, degree 6": (lambda layer: skew(layer, degree=6), True),
-    "group_shuffle": (lambda layer: group_shuffle(layer, 2 ** ((layer.in_channels.bit_length() - 1) // 2)), True),
+    "group_shuffle": (lambda layer: group_shuffle(layer, blocks=2 ** ((layer.in_channels.bit_length() - 1) // 2)), True),
     "exponential, 12 terms": (Exponential, True),
     "cayley": (cayley, True),
     "conv_norm": (conv_norm, False),

@@ -105,8 +105,8 @@ def group_shuffles(repeats: int) -> None:
     for n, blocks, batch in ((512, 16, 32), (512, 16, 256), (512, 16, 2048)):
         torch.manual_seed(0)
         x = torch.randn(batch, n)
-        orthogonal = group_shuffle(nn.Linear(n, n), blocks)
-        tuned = group_shuffle(nn.Linear(n, n), blocks, fine_tune=True)
+        orthogonal = group_shuffle(nn.Linear(n, n), blocks=blocks)
+        tuned = group_shuffle(nn.Linear(n, n), blocks=blocks, fine_tune=True)
         steps = {
             "plain": training_step(nn.Linear(n, n), x),
             "group shuffle": training_step(orthogonal, x),
@@ -114,7 +114,7 @@ def group_shuffles(repeats: int) -> None:
         }
         show(f"forward + backward, linear {n}, {blocks} blocks of {n // blocks}, batch {batch}", in_turn(steps, repeats))
     for layer, shape in ((nn.Linear(512, 512), (32, 512)), (nn.Conv2d(64, 64, 3, stride=2, padding=1), (8, 64, 16, 16))):
-        tuned = group_shuffle(layer, 8, fine_tune=True)
+        tuned = group_shuffle(layer, blocks=8, fine_tune=True)
         with torch.no_grad():
             for p in tuned.parametrizations.weight[0].parameters():
                 p.normal_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 
 import pytest
@@ -13,12 +12,9 @@ from cases import apply_to_identity
 from torch import Tensor, nn
 
 import spectral_hooks as sh
-from spectral_hooks.parametrizations import remove_spectral, spectral_report
+from spectral_hooks.parametrizations import remove_spectral, shuffles, spectral_report
 from spectral_hooks.parametrizations.group_shuffle import GroupShuffle, Rotated, group_shuffle
 from spectral_hooks.parametrizations.stiefel import householder
-
-#: The module, whose name in the package is the function's.
-matrix_module = importlib.import_module("spectral_hooks.parametrizations.group_shuffle")
 
 #: Channels and blocks: more, as many and fewer entries than blocks, with and without a common divisor.
 SIZES = [(12, 2), (12, 3), (16, 4), (20, 4), (15, 3), (10, 2), (30, 5), (6, 1)]
@@ -83,7 +79,7 @@ def fine_tuned(name: str, two_sided: bool = False, dtype: torch.dtype = torch.fl
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     layer = make().to(dtype)
-    tuned = group_shuffle(copy.deepcopy(layer), 4, fine_tune=True, two_sided=two_sided)
+    tuned = group_shuffle(copy.deepcopy(layer), blocks=4, fine_tune=True, two_sided=two_sided)
     rotated, _ = parts(tuned)
     randomize(rotated.outer, rotated.inner)
     return layer, tuned, torch.randn(3, *shape, dtype=dtype)
@@ -95,7 +91,7 @@ def fine_tuned(name: str, two_sided: bool = False, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize(("n", "blocks"), SIZES)
 def test_it_is_what_the_equation_says(n: int, blocks: int) -> None:
     torch.manual_seed(0)
-    layer = group_shuffle(nn.Linear(n, n).double(), blocks)
+    layer = group_shuffle(nn.Linear(n, n).double(), blocks=blocks)
     _, free = parts(layer)
     randomize(free)
     q = layer.weight.detach()
@@ -103,7 +99,7 @@ def test_it_is_what_the_equation_says(n: int, blocks: int) -> None:
     torch.testing.assert_close(q.T @ q, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-13)
     # every output depends on every input
     assert bool((q != 0).all())
-    tuned = group_shuffle(nn.Linear(3, n).double(), blocks, fine_tune=True)
+    tuned = group_shuffle(nn.Linear(3, n).double(), blocks=blocks, fine_tune=True)
     rotated, weight = parts(tuned)
     assert rotated.outer.numel() == n * (n // blocks - 1)
     randomize(rotated.outer)
@@ -113,7 +109,7 @@ def test_it_is_what_the_equation_says(n: int, blocks: int) -> None:
 @pytest.mark.parametrize(("n", "blocks"), SIZES)
 def test_assigned_weights_of_this_form_come_back(n: int, blocks: int) -> None:
     torch.manual_seed(0)
-    layer = group_shuffle(nn.Linear(n, n).double(), blocks)
+    layer = group_shuffle(nn.Linear(n, n).double(), blocks=blocks)
     for _ in range(5):
         randomize(parts(layer)[1], scale=1.0)
         q = layer.weight.detach().clone()
@@ -126,22 +122,22 @@ def test_the_start() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(16, 16)
     nn.init.eye_(layer.weight)
-    assert torch.equal(group_shuffle(layer, 4).weight, torch.eye(16))
+    assert torch.equal(group_shuffle(layer, blocks=4).weight, torch.eye(16))
     layer = nn.Linear(64, 64)
     before = layer.weight.detach().clone()
-    distance = float((group_shuffle(layer, 8).weight - before).norm().detach())
+    distance = float((group_shuffle(layer, blocks=8).weight - before).norm().detach())
     assert distance < 0.85 * float((nn.init.orthogonal_(torch.empty(64, 64)) - before).norm())
     # reflections and rotations by π, of one entry in each of four blocks
     for signs in (torch.tensor([-1.0] + [1.0] * 15), torch.tensor([-1.0] * 4 + [1.0] * 12)):
         layer = nn.Linear(16, 16)
         layer.weight.data = torch.diag(signs)
-        torch.testing.assert_close(group_shuffle(layer, 4).weight, torch.diag(signs), rtol=0, atol=1e-6)
+        torch.testing.assert_close(group_shuffle(layer, blocks=4).weight, torch.diag(signs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(16, 16, 1), lambda: nn.Conv1d(32, 32, 1, groups=2)], ids=["1×1", "groups"])
 def test_convolutions_of_a_single_tap(make: object) -> None:
     torch.manual_seed(0)
-    layer = group_shuffle(make().double(), 4)
+    layer = group_shuffle(make().double(), blocks=4)
     randomize(parts(layer)[1])
     size = (3, 2)[: layer.weight.ndim - 2]
     matrix = apply_to_identity(layer, (layer.in_channels, *size))
@@ -150,7 +146,7 @@ def test_convolutions_of_a_single_tap(make: object) -> None:
 
 def test_orthogonal_after_training() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(group_shuffle(nn.Linear(64, 64), 8), nn.Tanh(), group_shuffle(nn.Linear(64, 64), 4))
+    model = nn.Sequential(group_shuffle(nn.Linear(64, 64), blocks=8), nn.Tanh(), group_shuffle(nn.Linear(64, 64), blocks=4))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     x, y = torch.randn(32, 64), torch.randn(32, 64) / 2
     losses = []
@@ -197,8 +193,8 @@ def test_the_derivative_by_hand(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     free = torch.randn(2, groups, k, b, b, dtype=torch.float64, requires_grad=True)
     layer = GroupShuffle(k, groups, False, (groups * k * b, k * b))
-    assert matrix_module._is_fused(free)
-    composed = matrix_module._composed(free).flatten(0, 1)
+    assert shuffles._is_fused(free)
+    composed = shuffles._composed(free).flatten(0, 1)
     assert torch.equal(layer(free), composed)
     weights = torch.randn_like(composed)
     (ours,) = torch.autograd.grad((layer(free) * weights).sum(), free)
@@ -223,7 +219,7 @@ def test_fine_tuning_starts_at_the_weight_bit_for_bit(name: str, dtype: torch.dt
     layer = LAYERS[name][0]().to(dtype)
     weight = layer.weight
     before = weight.detach().clone()
-    assert group_shuffle(layer, 4, fine_tune=True, two_sided=True) is layer
+    assert group_shuffle(layer, blocks=4, fine_tune=True, two_sided=True) is layer
     rotated, original = parts(layer)
     assert original is weight
     assert torch.equal(layer.weight, before)
@@ -280,7 +276,7 @@ def test_transformers_conv1d() -> None:
     layer = Conv1D(12, 8).double()
     before, x = layer.weight.detach().clone(), torch.randn(3, 8, dtype=torch.float64)
     plain = layer(x).detach() - layer.bias
-    group_shuffle(layer, 4, fine_tune=True, two_sided=True)
+    group_shuffle(layer, blocks=4, fine_tune=True, two_sided=True)
     assert torch.equal(layer.weight, before)
     rotated, _ = parts(layer)
     randomize(rotated.outer)
@@ -293,7 +289,7 @@ def test_transformers_conv1d() -> None:
     assert type(merged) is Conv1D
     assert merged.weight.is_contiguous()
     assert torch.equal(merged(x), y)
-    square = group_shuffle(Conv1D(16, 16).double(), 4)
+    square = group_shuffle(Conv1D(16, 16).double(), blocks=4)
     randomize(parts(square)[1])
     torch.testing.assert_close(square.weight.T, dense(householder(parts(square)[1][:, 0])), rtol=0, atol=1e-12)
 
@@ -303,7 +299,7 @@ def test_fine_tuning_trains_the_rotation_alone() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8))
     values = [torch.linalg.svdvals(layer.weight.detach().flatten(1)) for layer in (model[0], model[3])]
     for layer in (model[0], model[3]):
-        group_shuffle(layer, 4, fine_tune=True)
+        group_shuffle(layer, blocks=4, fine_tune=True)
     frozen = [parts(layer)[1].detach().clone() for layer in (model[0], model[3])]
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     x, y = torch.randn(16, 4, 4, 4), torch.randn(16, 8) / 4
@@ -348,7 +344,7 @@ def test_checkpoints_and_copies(fine_tune: bool) -> None:
     torch.manual_seed(0)
 
     def make() -> nn.Module:
-        return nn.Sequential(group_shuffle(nn.Linear(16, 16), 4, fine_tune=fine_tune))
+        return nn.Sequential(group_shuffle(nn.Linear(16, 16), blocks=4, fine_tune=fine_tune))
 
     model, other, x = make(), make(), torch.randn(3, 16)
     randomize(*(p for p in model.parameters() if p.requires_grad))
@@ -377,7 +373,7 @@ def test_compiled_autocast_and_half_precision() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 16)
     for fine_tune in (False, True):
-        layer = group_shuffle(nn.Linear(16, 16), 4, fine_tune=fine_tune)
+        layer = group_shuffle(nn.Linear(16, 16), blocks=4, fine_tune=fine_tune)
         learned = [p for p in layer.parametrizations.parameters() if p.requires_grad]
         randomize(*learned)
         y = layer(x)
@@ -406,7 +402,7 @@ def test_compiled_autocast_and_half_precision() -> None:
 
 
 def test_forward_changes_no_state() -> None:
-    layer = group_shuffle(nn.Linear(16, 16), 4)
+    layer = group_shuffle(nn.Linear(16, 16), blocks=4)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     x = torch.randn(2, 16)
     assert torch.equal(layer(x), layer.eval()(x))
@@ -417,11 +413,13 @@ def test_again_and_reported() -> None:
     """What the layer has become is where the next one starts."""
     _, tuned, _ = fine_tuned("3×3", dtype=torch.float32)
     weight = tuned.weight.detach().clone()
-    group_shuffle(tuned, 2, fine_tune=True)
+    group_shuffle(tuned, blocks=2, fine_tune=True)
     assert torch.equal(tuned.weight, weight)
     assert len(tuned.parametrizations.weight) == 1
     assert spectral_report(nn.Sequential(tuned)) == {"0": "Rotated(blocks=2, two_sided=False)"}
-    assert spectral_report(nn.Sequential(group_shuffle(nn.Linear(4, 4), 2))) == {"0": "GroupShuffle(blocks=2)"}
+    assert spectral_report(nn.Sequential(group_shuffle(nn.Linear(4, 4), blocks=2))) == {
+        "0": "GroupShuffle(max_norm=1.0, blocks=2)"
+    }
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------
@@ -430,23 +428,23 @@ def test_again_and_reported() -> None:
 @pytest.mark.parametrize("blocks", [0, -1, 5, 12, 2.0, True, None, "4"])
 def test_bad_blocks(blocks: object) -> None:
     with pytest.raises(ValueError, match=r"`blocks` must be an int that divides the 12 output channels.*got"):
-        group_shuffle(nn.Linear(12, 12), blocks, fine_tune=True)
+        group_shuffle(nn.Linear(12, 12), blocks=blocks, fine_tune=True)
 
 
 def test_layers_that_are_refused() -> None:
     with pytest.raises(ValueError, match="square root of the 16 channels"):
-        group_shuffle(nn.Linear(16, 16), 8)
+        group_shuffle(nn.Linear(16, 16), blocks=8)
     with pytest.raises(ValueError, match="divides the 9 input channels"):
-        group_shuffle(nn.Linear(9, 8), 4, fine_tune=True, two_sided=True)
+        group_shuffle(nn.Linear(9, 8), blocks=4, fine_tune=True, two_sided=True)
     with pytest.raises(ValueError, match="`two_sided` is for `fine_tune=True`"):
-        group_shuffle(nn.Linear(16, 16), 4, two_sided=True)
+        group_shuffle(nn.Linear(16, 16), blocks=4, two_sided=True)
     with pytest.raises(ValueError, match=r"a convolution or have a square matrix.*got 16 x 12"):
-        group_shuffle(nn.Linear(12, 16), 4)
+        group_shuffle(nn.Linear(12, 16), blocks=4)
     with pytest.raises(TypeError, match="has no operator"):
-        group_shuffle(nn.BatchNorm2d(16), 4)
+        group_shuffle(nn.BatchNorm2d(16), blocks=4)
     with pytest.raises(ValueError, match="none of this package"):
-        group_shuffle(nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)), 4)
+        group_shuffle(nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)), blocks=4)
     layer = nn.Linear(16, 16)
     layer.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        group_shuffle(layer, 4)
+        group_shuffle(layer, blocks=4)

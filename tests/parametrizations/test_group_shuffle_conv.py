@@ -17,7 +17,7 @@ import spectral_hooks as sh
 from spectral_hooks.parametrizations import remove_spectral, spectral_report
 from spectral_hooks.parametrizations.group_shuffle import GroupShuffleConv, group_shuffle
 from spectral_hooks.parametrizations.rescaled import rescaled
-from spectral_hooks.parametrizations.skew import modulus_one
+from spectral_hooks.parametrizations.skew_kernels import modulus_one
 from spectral_hooks.weights.selection import select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -51,7 +51,7 @@ def plain(name: str, dtype: torch.dtype = torch.float64, bias: bool = False) -> 
 
 
 def made(name: str, dtype: torch.dtype = torch.float64, bias: bool = False) -> GroupShuffleConv:
-    return group_shuffle(plain(name, dtype, bias), GEOMETRIES[name][2])
+    return group_shuffle(plain(name, dtype, bias), blocks=GEOMETRIES[name][2])
 
 
 def randomize(layer: GroupShuffleConv, scale: float = 0.5) -> GroupShuffleConv:
@@ -99,7 +99,7 @@ def test_at_every_input_size(name: str) -> None:
 def test_it_is_what_the_equation_says() -> None:
     """`p(J) Q` with dense matrices: `Q` by an orthogonal 1×1 layer, `J` from a grouped convolution and its transpose."""
     layer = randomize(made("square"), 0.03)
-    mixer = group_shuffle(nn.Conv2d(16, 16, 1).double(), 4)
+    mixer = group_shuffle(nn.Conv2d(16, 16, 1).double(), blocks=4)
     with torch.no_grad():
         mixer.parametrizations.weight.original.copy_(layer.mixing)
     grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False).double()
@@ -128,7 +128,7 @@ def test_the_start_is_near() -> None:
     """The identity stays; an orthogonal convolution of this kind, of a small angle, nearly so; others become nearer ones."""
     identity = plain("square")
     nn.init.dirac_(identity.weight)
-    layer = group_shuffle(copy.deepcopy(identity), 4)
+    layer = group_shuffle(copy.deepcopy(identity), blocks=4)
     torch.testing.assert_close(apply_to_identity(layer, in_shape("square")), torch.eye(16 * 12, dtype=torch.float64))
     # the first two terms of A, as a kernel
     small = randomize(made("square"), 0.02)
@@ -138,7 +138,7 @@ def test_the_start_is_near() -> None:
     frame = small._frame(small.mixing.detach())[0]
     again = plain("square")
     again.weight.data = torch.einsum("oct,ci->oit", kernel, frame).unflatten(-1, (3, 3))
-    again = group_shuffle(again, 4)
+    again = group_shuffle(again, blocks=4)
     x = torch.randn(4, *in_shape("square"), dtype=torch.float64)
     y = small(x)
     unmixed = F.conv2d(x, frame[..., None, None])
@@ -150,7 +150,7 @@ def test_the_start_is_near() -> None:
 
 def test_orthogonal_after_training() -> None:
     torch.manual_seed(0)
-    layer = group_shuffle(nn.Conv2d(8, 8, 3, padding=1), 2)
+    layer = group_shuffle(nn.Conv2d(8, 8, 3, padding=1), blocks=2)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     x = torch.randn(8, 8, 6, 6)
     losses = []
@@ -207,7 +207,7 @@ def test_plain_checkpoints_load_as_the_start(name: str) -> None:
     model, source = nn.Sequential(randomize(made(name, bias=True))), plain(name, bias=True)
     model.load_state_dict(nn.Sequential(source).state_dict())
     x = torch.randn(2, *in_shape(name), dtype=torch.float64)
-    assert torch.equal(model(x), group_shuffle(source, GEOMETRIES[name][2])(x))
+    assert torch.equal(model(x), group_shuffle(source, blocks=GEOMETRIES[name][2])(x))
     state = model.state_dict()
     del state["0.mixing"]
     if name != "a single block":  # whose kernel is as large as the plain one
@@ -236,7 +236,7 @@ def test_half_precision_and_autocast_compute_in_single() -> None:
     for free in (low.weight, low.mixing):
         assert free.grad.dtype == torch.bfloat16
         assert bool(free.grad.isfinite().all())
-    assert group_shuffle(plain("square", torch.bfloat16), 4).mixing.dtype == torch.bfloat16
+    assert group_shuffle(plain("square", torch.bfloat16), blocks=4).mixing.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["square", "stride", "circular"])
@@ -279,11 +279,11 @@ def test_parametrized_and_frozen_layers() -> None:
     equal = plain("square")
     with torch.no_grad():
         equal.weight.copy_(scaled.weight)
-    expected = group_shuffle(equal, 4)
-    layer = group_shuffle(scaled, 4)
+    expected = group_shuffle(equal, blocks=4)
+    layer = group_shuffle(scaled, blocks=4)
     assert torch.equal(layer.weight, expected.weight)
     assert list(layer.state_dict()) == ["weight", "mixing"]
-    frozen = group_shuffle(plain("square").requires_grad_(False).eval(), 4)
+    frozen = group_shuffle(plain("square").requires_grad_(False).eval(), blocks=4)
     assert not any(p.requires_grad for p in frozen.parameters())
     assert not frozen.training
 
@@ -313,7 +313,7 @@ def test_others_are_refused_by_name() -> None:
     selection = select(model)
     assert [target.name for target in selection.targets] == ["1"]
     assert "no convolution of a small kernel" in selection.skipped["0"]
-    assert spectral_report(model)["0"] == "GroupShuffleConv"
+    assert spectral_report(model)["0"] == "GroupShuffleConv(max_norm=1.0)"
     assert "blocks=4" in repr(layer)
 
 
@@ -323,29 +323,29 @@ def test_others_are_refused_by_name() -> None:
 def test_layers_that_are_refused() -> None:
     for blocks in (0, 5, 16, True, None):
         with pytest.raises(ValueError, match=r"`blocks` must be an int that divides the 16 output channels.*got"):
-            group_shuffle(plain("square"), blocks)
+            group_shuffle(plain("square"), blocks=blocks)
     with pytest.raises(ValueError, match="square root of the 16 channels"):
-        group_shuffle(plain("square"), 8)
+        group_shuffle(plain("square"), blocks=8)
     with pytest.raises(ValueError, match="divides the 5 patch channels"):
-        group_shuffle(nn.Conv2d(5, 4, 3, padding=1), 2)
+        group_shuffle(nn.Conv2d(5, 4, 3, padding=1), blocks=2)
     with pytest.raises(ValueError, match="`two_sided` is for `fine_tune=True`"):
-        group_shuffle(plain("square"), 4, two_sided=True)
+        group_shuffle(plain("square"), blocks=4, two_sided=True)
     with pytest.raises(ValueError, match="must keep the size"):
-        group_shuffle(nn.Conv2d(16, 16, 3), 4)
+        group_shuffle(nn.Conv2d(16, 16, 3), blocks=4)
     with pytest.raises(NotImplementedError, match="reflect padding"):
-        group_shuffle(nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), 4)
-    with pytest.raises(NotImplementedError, match="group_shuffle of a transposed convolution"):
-        group_shuffle(nn.ConvTranspose2d(16, 16, 3, padding=1), 4)
+        group_shuffle(nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), blocks=4)
+    with pytest.raises(ValueError, match="divides the 6 input channels"):
+        group_shuffle(nn.ConvTranspose2d(6, 16, 3, padding=1), blocks=4)
     bad = plain("square")
     bad.weight.data.flatten()[0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        group_shuffle(bad, 4)
+        group_shuffle(bad, blocks=4)
     with pytest.raises(ValueError, match="parametrized"):
-        group_shuffle(parametrizations.orthogonal(plain("square")), 4)
+        group_shuffle(parametrizations.orthogonal(plain("square")), blocks=4)
     # and are as they were
     scaled = rescaled(plain("square"))
     with pytest.raises(ValueError, match="square root"):
-        group_shuffle(scaled, 8)
+        group_shuffle(scaled, blocks=8)
     assert "parametrizations.weight.original" in scaled.state_dict()
 
 

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import spectral_hooks as sh
-from spectral_hooks.parametrizations.stiefel import FAR, MAPS, bounded, cayley, householder, polar_factor, qr
+from spectral_hooks.parametrizations.stiefel import (
+    FAR,
+    MAPS,
+    bounded,
+    cayley_transform,
+    householder,
+    polar_factor,
+    qr,
+)
 
 P = sh.parametrizations
 
@@ -36,14 +44,21 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "skew": (lambda: P.skew(nn.Conv2d(4, 4, 3, padding=1, bias=False)), (4, 5, 6)),
     "skew wide": (lambda: P.skew(nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False)), (6, 5, 4)),
     "skew stride": (lambda: P.skew(nn.Conv1d(2, 5, 4, stride=2, padding=1, bias=False)), (2, 12)),
+    "skew transposed": (lambda: P.skew(transposed(5, 2, 4, stride=2, padding=1)), (5, 6)),
     "cayley": (lambda: P.cayley(circular(4, 4)), (4, 5, 6)),
+    "cayley transposed": (lambda: P.cayley(transposed(6, 2, 3, stride=2, padding=1, output_padding=1)), (6, 5)),
     "cayley tall": (lambda: P.cayley(nn.Conv1d(3, 8, 5, padding=2, bias=False)), (3, 9)),
     "cayley stride": (lambda: P.cayley(nn.Conv2d(2, 6, 4, stride=2, padding=1, bias=False)), (2, 6, 4)),
-    "group shuffle": (lambda: P.group_shuffle(nn.Linear(16, 16, bias=False), 4), (16,)),
-    "group shuffle uneven": (lambda: P.group_shuffle(nn.Linear(15, 15, bias=False), 3), (15,)),
-    "group shuffle conv": (lambda: P.group_shuffle(nn.Conv2d(4, 8, 3, padding=1, bias=False), 2), (4, 5, 6)),
+    "group shuffle": (lambda: P.group_shuffle(nn.Linear(16, 16, bias=False), blocks=4), (16,)),
+    "group shuffle uneven": (lambda: P.group_shuffle(nn.Linear(15, 15, bias=False), blocks=3), (15,)),
+    "group shuffle conv": (lambda: P.group_shuffle(nn.Conv2d(4, 8, 3, padding=1, bias=False), blocks=2), (4, 5, 6)),
+    "group shuffle conv transposed": (lambda: P.group_shuffle(transposed(8, 4, 3, padding=1), blocks=2), (8, 6)),
 }
 KINDS = ["zeros", "ones", "row", "rank one", "repeated columns", "nearly dependent", "strict triangle", "graded", "random"]
+
+
+def transposed(*args: int, **settings: int) -> nn.ConvTranspose1d:
+    return nn.ConvTranspose1d(*args, bias=False, **settings)
 
 
 def circular(inputs: int, outputs: int, **settings: int) -> nn.Conv2d:
@@ -127,7 +142,7 @@ def test_layers_are_isometries_at_every_scale(name: str, dtype: torch.dtype) -> 
     torch.manual_seed(0)
     layer = make().to(dtype)
     # what the polynomial of skew convolutions is off by
-    near = NEAR[dtype] if "skew" not in name and name != "group shuffle conv" else max(NEAR[dtype], 3.1e-6)
+    near = NEAR[dtype] if "skew" not in name and "group shuffle conv" not in name else max(NEAR[dtype], 3.1e-6)
     for where in every_parameter(layer, dtype):
         found = matrix(layer, shape, dtype)
         values = torch.linalg.svdvals(found)[: min(found.shape)]
@@ -175,7 +190,7 @@ def test_frames_of_a_tensor_train_at_every_scale() -> None:
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_rotated_weights_keep_their_singular_values_at_every_scale(two_sided: bool) -> None:
     torch.manual_seed(0)
-    layer = P.group_shuffle(nn.Linear(12, 8, bias=False), 2, fine_tune=True, two_sided=two_sided)
+    layer = P.group_shuffle(nn.Linear(12, 8, bias=False), blocks=2, fine_tune=True, two_sided=two_sided)
     before = torch.linalg.svdvals(layer.weight.detach().double())
     for kind in KINDS:
         for scale in SCALES:
@@ -239,11 +254,11 @@ def test_the_derivative_of_what_is_bounded(scale: float) -> None:
     x = (scale * FAR * x / (x.mT @ x).norm(dim=(-2, -1), keepdim=True).sqrt() * 1.001).requires_grad_()
     assert torch.autograd.gradcheck(bounded, x)
     assert torch.autograd.gradgradcheck(bounded, x)
-    for function in (cayley, lambda x: cayley(x[..., :3, :])):
+    for function in (cayley_transform, lambda x: cayley_transform(x[..., :3, :])):
         assert torch.autograd.gradcheck(function, x)
 
 
-@pytest.mark.parametrize("function", [cayley, qr, householder])
+@pytest.mark.parametrize("function", [cayley_transform, qr, householder])
 def test_derivatives_of_second_order(function: Callable[[Tensor], Tensor]) -> None:
     assert torch.autograd.gradgradcheck(function, seeded(5, 3).requires_grad_())
     assert torch.autograd.gradgradcheck(function, seeded(3, 3).requires_grad_())
@@ -289,8 +304,8 @@ def test_a_start_of_every_scale(make: Callable[[], nn.Module], dtype: torch.dtyp
         (lambda: P.orthogonal(nn.Linear(4, 6)), (4, 6)),
         (lambda: P.orthogonal(nn.Conv2d(4, 6, 3)), (6, 4, 5, 5)),
         (lambda: P.orthogonal(nn.Conv2d(4, 6, 3)), (6, 36)),
-        (lambda: P.group_shuffle(nn.Linear(16, 16), 4), (16, 8)),
-        (lambda: P.group_shuffle(nn.Linear(16, 16), 4, fine_tune=True), (16, 8)),
+        (lambda: P.group_shuffle(nn.Linear(16, 16), blocks=4), (16, 8)),
+        (lambda: P.group_shuffle(nn.Linear(16, 16), blocks=4, fine_tune=True), (16, 8)),
     ],
 )
 def test_weights_of_another_shape_are_refused(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
@@ -338,7 +353,7 @@ def test_a_geometry_without_an_orthogonal_kernel_is_told(transposed: bool, caplo
 @pytest.mark.parametrize("taps", [1, 3])
 def test_the_memory_format_is_that_of_the_input(blocks: int, taps: int) -> None:
     torch.manual_seed(0)
-    layer = P.group_shuffle(nn.Conv2d(16, 16, taps, padding=taps // 2), blocks)
+    layer = P.group_shuffle(nn.Conv2d(16, 16, taps, padding=taps // 2), blocks=blocks)
     x = torch.randn(2, 16, 6, 5)
     assert layer(x).is_contiguous()
     assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
@@ -355,10 +370,14 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     },
     "skew": (lambda: P.skew(nn.Conv2d(4, 6, 3, padding=1)), (4, 6, 6)),
     "cayley": (lambda: P.cayley(nn.Conv2d(4, 6, 3, padding=1)), (4, 6, 6)),
+    "skew transposed": (lambda: P.skew(nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), 0.5), (4, 3, 5)),
+    "cayley transposed": (lambda: P.cayley(nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), 0.5), (4, 3, 5)),
     "conv_norm": (lambda: P.conv_norm(nn.Conv2d(4, 6, 3, padding=1)), (4, 6, 6)),
-    "group shuffle": (lambda: P.group_shuffle(nn.Linear(8, 8), 2), (8,)),
-    "group shuffle conv": (lambda: P.group_shuffle(nn.Conv2d(4, 8, 3, padding=1), 2), (4, 6, 6)),
-    "rotated": (lambda: P.group_shuffle(nn.Conv2d(4, 8, 3, padding=1), 2, fine_tune=True), (4, 6, 6)),
+    "group shuffle": (lambda: P.group_shuffle(nn.Linear(8, 8), blocks=2), (8,)),
+    "group shuffle gain": (lambda: P.group_shuffle(nn.Linear(8, 8), 2.0, blocks=2), (8,)),
+    "group shuffle conv": (lambda: P.group_shuffle(nn.Conv2d(4, 8, 3, padding=1), 2.0, blocks=2), (4, 6, 6)),
+    "group shuffle transposed": (lambda: P.group_shuffle(nn.ConvTranspose2d(4, 8, 3, padding=1), blocks=2), (4, 6, 6)),
+    "rotated": (lambda: P.group_shuffle(nn.Conv2d(4, 8, 3, padding=1), blocks=2, fine_tune=True), (4, 6, 6)),
     "train": (lambda: P.tensor_train(nn.Linear(6, 4), 2), (6,)),
     "train conv": (lambda: P.tensor_train(nn.Conv2d(4, 6, 3, padding=1), 2), (4, 6, 6)),
 }

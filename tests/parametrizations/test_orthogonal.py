@@ -22,7 +22,7 @@ from spectral_hooks.parametrizations import remove_spectral, spectral_report
 from spectral_hooks.parametrizations.orthogonal import orthogonal
 from spectral_hooks.parametrizations.stiefel import (
     MAPS,
-    cayley,
+    cayley_transform,
     exponential,
     householder,
     inverse_cayley,
@@ -133,7 +133,7 @@ def test_cayley_and_exponential_are_what_they_are_of_the_large_skew_matrix(shape
         w = x - base @ u + base @ (u - u.T) / 4
         skew = w @ base.T - base @ w.T
     identity = torch.eye(shape[0], dtype=x.dtype)
-    torch.testing.assert_close(cayley(x, base), torch.linalg.solve(identity - skew / 2, (identity + skew / 2) @ base))
+    torch.testing.assert_close(cayley_transform(x, base), torch.linalg.solve(identity - skew / 2, (identity + skew / 2) @ base))
     torch.testing.assert_close(exponential(x, base), torch.linalg.matrix_exp(skew) @ base)
 
 
@@ -173,8 +173,8 @@ def test_origin_is_mapped_to_its_frame(name: str, shape: tuple[int, ...]) -> Non
 def test_inverse_of_cayley(shape: tuple[int, ...]) -> None:
     base = polar_factor(seeded(*shape, seed=1))
     for start in (None, base):
-        frame = cayley(seeded(*shape), start)
-        torch.testing.assert_close(cayley(inverse_cayley(frame, start), start), frame)
+        frame = cayley_transform(seeded(*shape), start)
+        torch.testing.assert_close(cayley_transform(inverse_cayley(frame, start), start), frame)
 
 
 @pytest.mark.parametrize("name", ["cayley", "exp"])

@@ -18,7 +18,8 @@ from spectral_hooks.parametrizations.cayley import cayley
 from spectral_hooks.parametrizations.conv_norm import conv_norm
 from spectral_hooks.parametrizations.remove import remove_spectral
 from spectral_hooks.parametrizations.rescaled import rescaled
-from spectral_hooks.parametrizations.skew import modulus_one, nearest, skew, skew_bound
+from spectral_hooks.parametrizations.skew import nearest_frames, skew
+from spectral_hooks.parametrizations.skew_kernels import modulus_one, skew_bound
 from spectral_hooks.weights.selection import select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -176,10 +177,10 @@ def test_nearest_frame(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     u, _, vh = torch.linalg.svd(x.detach(), full_matrices=False)
-    assert torch.allclose(nearest(x).detach(), u @ vh, atol=1e-13)
-    assert torch.autograd.gradcheck(nearest, x)
+    assert torch.allclose(nearest_frames(x).detach(), u @ vh, atol=1e-13)
+    assert torch.autograd.gradcheck(nearest_frames, x)
     # of equal singular values, where decompositions have no derivative
-    assert torch.autograd.gradcheck(nearest, nearest(x).detach().mul(3).requires_grad_())
+    assert torch.autograd.gradcheck(nearest_frames, nearest_frames(x).detach().mul(3).requires_grad_())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 16, 40, 64, 80])
@@ -280,7 +281,21 @@ BAD = [
     ("reflect", lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), NotImplementedError, "reflect padding"),
     ("dilated stride", lambda: nn.Conv2d(2, 2, 3, padding=2, dilation=2, stride=2), NotImplementedError, "dilation only"),
     ("linear", lambda: nn.Linear(2, 2), TypeError, "use orthogonal"),
-    ("transposed", lambda: nn.ConvTranspose2d(2, 2, 3, padding=1), NotImplementedError, "transposed"),
+    ("transposed, of another size", lambda: nn.ConvTranspose2d(2, 2, 3), ValueError, "`layer` must keep the size"),
+    ("transposed, even", lambda: nn.ConvTranspose2d(2, 2, 2), ValueError, "multiply it by the stride"),
+    (
+        "transposed, one short",
+        lambda: nn.ConvTranspose2d(2, 2, 3, padding=1, stride=2),
+        ValueError,
+        r"takes output_padding=\(1, 1\); got output_padding=\(0, 0\)",
+    ),
+    (
+        "transposed, dilated stride",
+        lambda: nn.ConvTranspose2d(2, 2, 3, padding=2, dilation=2, stride=2),
+        NotImplementedError,
+        "dilation only",
+    ),
+    ("transposed, padding by a word", lambda: nn.ConvTranspose2d(2, 2, 3, padding="same"), ValueError, "must be numbers"),
     ("pruned", lambda: prune.random_unstructured(nn.Conv2d(2, 2, 3, padding=1), "weight", 0.5), ValueError, "pruned"),
     ("pruned bias", lambda: prune.random_unstructured(nn.Conv2d(2, 2, 3, padding=1), "bias", 0.5), ValueError, "the bias of"),
     ("bias from elsewhere", lambda: with_identity_bias(rescaled(nn.Conv2d(2, 2, 3, padding=1))), ValueError, "the bias of"),
@@ -301,7 +316,7 @@ def test_refuses(function, layer, error, match) -> None:
     assert list(layer.state_dict()) == keys
 
 
-@pytest.mark.parametrize("degree", [1, 9, 4.0, True, None])
+@pytest.mark.parametrize("degree", [1, 9, 4.0, True, None, "4"])
 def test_refuses_degrees(degree) -> None:
     with pytest.raises(ValueError, match="`degree` must be an int from 2 to 8"):
         skew(made("square"), degree=degree)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import spectral_hooks as sh
 from spectral_hooks.parametrizations import remove_spectral, rescaled, spectral_report
-from spectral_hooks.parametrizations.stiefel import cayley, inverse_cayley
+from spectral_hooks.parametrizations.stiefel import cayley_transform, inverse_cayley
 from spectral_hooks.parametrizations.tensor_train import TensorTrain, tensor_train
 
 #: Every kind of layer, with the shape of an input.
@@ -436,13 +436,13 @@ def test_the_identity_is_the_default_base_of_cayley(shape: tuple[int, ...]) -> N
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     base = torch.eye(*shape[-2:], dtype=torch.float64).expand(shape)
     upstream = torch.randn(shape, dtype=torch.float64)
-    default, given = cayley(x), cayley(x, base)
+    default, given = cayley_transform(x), cayley_transform(x, base)
     torch.testing.assert_close(default, given, rtol=1e-13, atol=1e-13)
     gradients = [torch.autograd.grad(q, x, upstream)[0] for q in (default, given)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    large = cayley(1e3 * x.detach())
+    large = cayley_transform(1e3 * x.detach())
     torch.testing.assert_close(large.mT @ large, torch.eye(shape[-1]).to(large).expand(*shape[:-2], -1, -1), rtol=0, atol=1e-12)
-    back = cayley(inverse_cayley(default.detach()))
+    back = cayley_transform(inverse_cayley(default.detach()))
     torch.testing.assert_close(back, default.detach(), rtol=1e-12, atol=1e-12)
 
 
