@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from types import MethodType, TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .averages import Average, average_of, interpolation
+from . import optimizers
+from .averages import Average, average_of
 
-#: Wrappers that only pass a step on: nothing is written once the optimizer inside has stepped.
-_DELEGATES = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+if TYPE_CHECKING:
+    from .base import Hook
+
 #: What trains on flattened copies of its own of the weights, by the name of its class.
 _OWN_COPIES = {"DeepSpeedEngine", "FullyShardedDataParallel", "XlaFullyShardedDataParallel"}
-#: State that is certainly no copy of the weight. Others are compared with it.
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta"}
-
-
-class Hook(Protocol):
-    """The events that a hook answers to. A framework's adapter, or `attach`, turns its own events into these."""
-
-    def start(self, model: nn.Module) -> None:
-        """Training begins or resumes: the weights are loaded, no step has been taken."""
-
-    def before_step(self) -> None:
-        """Gradients are complete; the optimizer is about to step."""
-
-    def after_step(self, stepped: Collection[Tensor] | None = None) -> None:
-        """The optimizer has stepped: once per update, not per micro-batch, and not for a step that was skipped.
-
-        `stepped` is None, or the only parameters that may be written: those that optimizers have stepped during a backward pass,
-        whose graph may still need the others.
-        """
-
-    def rewritten(self) -> None:
-        """After a step that was counted the weights were replaced: by those of an average, by slow weights, or back."""
 
 
 class Handle:
@@ -56,6 +35,10 @@ class Handle:
         # how often parameters had been written when the hook had started, until a step is seen
         self._versions: list[int] | None = None
 
+    def __repr__(self) -> str:
+        kinds = dict.fromkeys(type(each.levels[0]).__name__ for each in self._installed.values())
+        return f"Handle({self.hook!r} on {type(self.model).__name__}, {'with ' + ', '.join(kinds) if kinds else 'removed'})"
+
     @property
     def attached(self) -> bool:
         """Whether any optimizer still calls the hook."""
@@ -65,6 +48,11 @@ class Handle:
     def parameters(self) -> list[Tensor]:
         """What the optimizers step."""
         return [p for each in self._installed.values() for p in each.parameters]
+
+    @property
+    def averaging(self) -> bool:
+        """Whether any optimizer evaluates other weights than it trains."""
+        return any(each.averaging for each in self._installed.values())
 
     @property
     def averages(self) -> list[Average]:
@@ -94,8 +82,8 @@ class Handle:
         if self.attached and self._versions not in (None, [p._version for p in self.model.parameters()]):
             names = ", ".join(dict.fromkeys(type(each.levels[0]).__name__ for each in self._installed.values()))
             warnings.warn(
-                f"the weights have changed, but no step of the optimizer ({names}) was seen, so they were not projected: attach "
-                "the object whose `step` the loop calls; a copy of an optimizer does not call hooks.",
+                f"the weights have changed, but no step of the optimizer ({names}) was seen, so the hook did not act: attach the "
+                "object whose `step` the loop calls; a copy of an optimizer does not call hooks.",
                 stacklevel=2,
             )
         self._versions = None
@@ -138,9 +126,9 @@ class _Installed:
 
     def __init__(self, handle: Handle, optimizer: Any) -> None:
         self.handle = handle
-        self.levels = list(dict.fromkeys(_levels(optimizer)))
-        self.bottom = [level for level in self.levels if not _inside(level)]
-        self.averaging = [level for level in self.levels if _averages(level)]
+        self.levels = list(dict.fromkeys(optimizers.levels(optimizer)))
+        self.bottom = [level for level in self.levels if not optimizers.inside(level)]
+        self.averaging = [level for level in self.levels if optimizers.averages(level)]
         self.evaluating: Any = None  # of one that does not say
         self.running: list[Any] = []
         self.waiting = False
@@ -148,7 +136,7 @@ class _Installed:
         for level in self.bottom:
             self._listen(level)
         for level in self.levels:
-            if level not in self.bottom and type(level).__module__.partition(".")[0] not in _DELEGATES:
+            if level not in self.bottom and not optimizers.only_delegates(level):
                 self._wrap(level, "step", self._around_step)
         for level in self.averaging:
             self._wrap(level, "eval", partial(self._around_switch, evaluating=level))
@@ -158,8 +146,7 @@ class _Installed:
     @property
     def parameters(self) -> list[Tensor]:
         """What these optimizers step."""
-        groups = [group for level in self.levels for group in getattr(level, "param_groups", [])]
-        return list({id(p): p for group in groups for p in group["params"]}.values())
+        return optimizers.parameters_of(self.levels)
 
     def averaged_groups(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         return ((level, group) for level in self.averaging for group in level.param_groups)
@@ -174,20 +161,8 @@ class _Installed:
                 yield from (found for p in group["params"] if (found := average_of(p, level, group)) is not None)
 
     def copies(self, parameter: Tensor) -> Iterator[Tensor]:
-        def alike(value: Any) -> Iterator[Tensor]:
-            if isinstance(value, (list, tuple)):
-                for each in value:
-                    yield from alike(each)
-            elif isinstance(value, Tensor) and value is not parameter and type(value) in (Tensor, nn.Parameter):
-                same = value.shape == parameter.shape and (value.dtype, value.device) == (parameter.dtype, parameter.device)
-                if same and torch.equal(value, parameter):
-                    yield value
-
         for level in self.levels:
-            kept = getattr(level, "state", {}).get(parameter, {})
-            yield from alike([value for name, value in kept.items() if name not in _MOMENTS])
-            if level not in self.bottom:  # slow weights in lists of a wrapper's own
-                yield from alike([value for value in vars(level).values() if isinstance(value, list)])
+            yield from optimizers.copies(level, parameter)
 
     def remove(self) -> None:
         for undo in self._undo:
@@ -196,7 +171,7 @@ class _Installed:
 
     def _listen(self, level: Any) -> None:
         """Hear an optimizer with nothing inside."""
-        if not _has_hooks(level):
+        if not optimizers.has_hooks(level):
             self._wrap(level, "step", self._around_bottom)
             return
 
@@ -227,7 +202,7 @@ class _Installed:
         return any(isinstance(inf, Tensor) and bool(inf) for inf in found)
 
     def _act(self, level: Any) -> None:
-        self.handle.stepped([p for group in getattr(level, "param_groups", []) for p in group["params"]])
+        self.handle.stepped(optimizers.parameters_of([level]))
 
     @torch.compiler.disable
     def _around_bottom(self, level: Any, call: Callable[[], Any]) -> Any:
@@ -304,23 +279,11 @@ def attach(hook: Hook, model: nn.Module, optimizer: Any, handle: Handle | None =
         NotImplementedError: DeepSpeed and the old FSDP, which train on flattened copies; an optimizer that evaluates an average
             of the weights which cannot be told from what it keeps.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch module; got {type(model).__name__}.")
-    optimizers = list(optimizer) if isinstance(optimizer, Iterable) and not _steps(optimizer) else [optimizer]
-    for each in optimizers:
-        if not _steps(each) and not _inside(each):
-            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, or a list of them; got {type(each).__name__}.")
-        for level in _levels(each):
-            _check_averages(level)
-    if found := _OWN_COPIES & {cls.__name__ for part in (*optimizers, *model.modules()) for cls in type(part).__mro__}:
-        raise NotImplementedError(
-            f"{found.pop()} trains on flattened copies of the weights, so what is written into a layer is lost: "
-            "use DistributedDataParallel or fully_shard (FSDP2)."
-        )
-    _check_parameters(model, optimizers, handle)
+    given = list(optimizer) if isinstance(optimizer, Iterable) and not optimizers.steps(optimizer) else [optimizer]
+    _check(model, given, [] if handle is None else handle.parameters)
     starts = handle is None or not handle.attached
     handle = handle or Handle(hook, model)
-    for each in optimizers:
+    for each in given:
         handle.install(each)
     if starts:
         try:
@@ -332,57 +295,18 @@ def attach(hook: Hook, model: nn.Module, optimizer: Any, handle: Handle | None =
     return handle
 
 
-def _steps(value: Any) -> bool:
-    """Whether something is an optimizer, or behaves like one."""
-    return isinstance(value, Optimizer) or (callable(getattr(value, "step", None)) and hasattr(value, "param_groups"))
-
-
-def _inside(optimizer: Any) -> list[Any]:
-    """The optimizers that one keeps, to step them itself."""
-    kept = [v for value in getattr(optimizer, "__dict__", {}).values() for v in (value if isinstance(value, list) else [value])]
-    return [value for value in kept if value is not optimizer and not isinstance(value, (Tensor, nn.Module)) and _steps(value)]
-
-
-def _levels(optimizer: Any, around: tuple[Any, ...] = ()) -> Iterator[Any]:
-    """An optimizer and all inside it, from without."""
-    yield optimizer
-    for each in _inside(optimizer):
-        if not any(each is outer for outer in around):
-            yield from _levels(each, (*around, optimizer))
-
-
-def _has_hooks(optimizer: Any) -> bool:
-    """Whether torch calls hooks after its step; not where `Optimizer.__init__` has never run."""
-    return "_optimizer_step_post_hooks" in vars(optimizer) and hasattr(type(optimizer).step, "hooked")
-
-
-def _averages(optimizer: Any) -> bool:
-    """Whether an optimizer evaluates other weights than it trains."""
-    return callable(getattr(optimizer, "eval", None)) and type(optimizer).__module__.partition(".")[0] not in _DELEGATES
-
-
-def _check_averages(optimizer: Any) -> None:
-    if _averages(optimizer) and any(interpolation(optimizer, group) is None for group in getattr(optimizer, "param_groups", [])):
+def _check(model: nn.Module, given: list[Any], elsewhere: list[Tensor]) -> None:
+    """Refuse what is no model or no optimizer, and what trains on copies of the weights; other optimizers step `elsewhere`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch module; got {type(model).__name__}.")
+    for each in given:
+        if not optimizers.steps(each) and not optimizers.inside(each):
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, or a list of them; got {type(each).__name__}.")
+        for level in optimizers.levels(each):
+            optimizers.check_averages(level)
+    if found := _OWN_COPIES & {cls.__name__ for part in (*given, *model.modules()) for cls in type(part).__mro__}:
         raise NotImplementedError(
-            f"{type(optimizer).__name__} has `eval()`: it evaluates other weights than it trains. How they are made is read from "
-            "`momentum`, `beta` or `betas` and the state `z`, as the package schedulefree has them; this optimizer has none, so "
-            "the weights that it evaluates would leave the ball. Use one of that package, or one without `eval()`."
+            f"{found.pop()} trains on flattened copies of the weights, so what is written into a layer is lost: "
+            "use DistributedDataParallel or fully_shard (FSDP2)."
         )
-
-
-def _check_parameters(model: nn.Module, optimizers: list[Any], handle: Handle | None) -> None:
-    """That the optimizers step the model itself, not float32 copies that they write back over it."""
-    levels = [level for each in optimizers for level in _levels(each)]
-    bottom = [level for level in levels if not _inside(level)]
-    held = {id(p): p for level in bottom for group in getattr(level, "param_groups", []) for p in group["params"]}
-    own = {id(p) for p in model.parameters()}
-    names = ", ".join(dict.fromkeys(type(each).__name__ for each in optimizers))
-    elsewhere = {id(p) for p in handle.parameters} if handle is not None else set()
-    masters = {tuple(p.shape) for key, p in held.items() if key not in own and p.dtype == torch.float32}
-    for name, p in model.named_parameters():
-        half = p.dtype in (torch.float16, torch.bfloat16) and p.requires_grad
-        if half and id(p) not in held and id(p) not in elsewhere and tuple(p.shape) in masters and p.ndim > 1:
-            raise ValueError(
-                f"`optimizer` ({names}) steps a float32 copy in the place of {name}, which is {p.dtype}, and writes over what is "
-                "projected: keep the model in float32 and train with autocast, or step the half-precision weights themselves."
-            )
+    optimizers.check_parameters(model, given, elsewhere)

@@ -7,16 +7,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..weights.targets import LoraTarget
-
 Item = TypeVar("Item")
+Whole = TypeVar("Whole")
 
 
-def shared(function: Callable[[Item, Any], Any], items: Sequence[Item], gather: Callable[[Item], Any]) -> list[Any]:
-    """`function(item, gather(item))` of every item, each computed by one process, its owner, and sent to all.
+def shared(function: Callable[[Whole], Any], items: Sequence[Item], gather: Callable[[Item], Whole]) -> list[Any]:
+    """`function(gather(item))` of every item, each computed by one process, its owner, and sent to all.
 
-    All processes take part in every `gather`, in the same order. LoRA targets gather more than their operators, so every process
-    computes them.
+    All processes take part in every `gather`, in the same order.
 
     Raises:
         ValueError: on every process, if the function raised on the owner.
@@ -25,10 +23,10 @@ def shared(function: Callable[[Item, Any], Any], items: Sequence[Item], gather: 
     mine: dict[int, tuple[Any, str | None]] = {}
     for i, item in enumerate(items):
         gathered = gather(item)
-        if i % world != rank and not isinstance(item, LoraTarget):
+        if i % world != rank:
             continue
         try:
-            mine[i] = function(item, gathered), None
+            mine[i] = function(gathered), None
         except ValueError as error:  # the others wait for an answer
             mine[i] = None, str(error)
     everyone: list[Any] = [mine]

@@ -38,6 +38,13 @@ def clipped_gain(layer: Any, max_norm: float) -> Tensor | None:
     return torch.where(outside, _towards_zero(torch.copysign(limit, gamma.double()), gamma.dtype), gamma).to(layer.weight.device)
 
 
+@torch.no_grad()
+def largest_gain(layer: Any) -> float:
+    """The largest `|γ| / √(running_var + ε)` of a batch normalization."""
+    gamma, variance = (full(x).to(device_with_float64(x.device)).double() for x in (layer.weight, layer.running_var))
+    return float((gamma.abs() / (variance + layer.eps).sqrt()).amax())
+
+
 def write_gain_(layer: Any, gamma: Tensor) -> None:
     """Give a normalization this `γ`, in place."""
     with torch.no_grad():

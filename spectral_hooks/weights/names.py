@@ -37,9 +37,14 @@ def type_name(layer: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def kind_of(layer: nn.Module) -> str:
+    """Like "Linear": the class of a layer, whatever is laid over it."""
+    return type_before_parametrizations(layer).__name__
+
+
 def a_kind(layer: nn.Module) -> str:
     """Like "a Linear"."""
-    kind = type_before_parametrizations(layer).__name__
+    kind = kind_of(layer)
     return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
 
 

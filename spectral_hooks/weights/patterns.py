@@ -23,6 +23,23 @@ def listed(patterns: Patterns) -> list[Pattern]:
     return list(patterns)
 
 
+def check_patterns(argument: str, patterns: Patterns) -> list[Pattern] | None:
+    """The patterns as a list, None for none; refuse what is no glob, type of layer or predicate."""
+    if patterns is None:
+        return None
+    if not isinstance(patterns, (str, type, Iterable)) and not callable(patterns):
+        raise TypeError(_no_pattern(argument, patterns))
+    found = listed(patterns)
+    for pattern in found:
+        if not isinstance(pattern, (str, type)) and not callable(pattern):
+            raise TypeError(_no_pattern(argument, pattern))
+    return found
+
+
+def _no_pattern(argument: str, pattern: object) -> str:
+    return f"`{argument}` takes globs, layer types and predicates, or a list of them; got {pattern!r}."
+
+
 def matcher(argument: str, patterns: Patterns, modules: dict[str, nn.Module]) -> Callable[[str], bool]:
     """The union of the patterns as a test of names."""
     chosen: set[str] = set()
@@ -56,4 +73,4 @@ def matches(argument: str, pattern: Pattern, name: str, module: nn.Module) -> bo
     if callable(pattern):
         takes_name = len(inspect.signature(pattern).parameters) > 1
         return bool(pattern(name, module) if takes_name else pattern(module))
-    raise TypeError(f"`{argument}` takes globs, layer types and predicates; got {pattern!r}.")
+    raise TypeError(_no_pattern(argument, pattern))

@@ -9,14 +9,16 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..operators import DenseOperator, as_operator
+from ..operators.base import is_whole
 from ..operators.layers import is_adapter, lora_factors
-from .names import a_kind, called, holds_packed, is_trainable, named_layers, naming, type_name
-from .patterns import Pattern, Patterns, listed, matcher, what_matches
+from .names import a_kind, called, holds_packed, is_trainable, kind_of, named_layers, naming, type_name
+from .patterns import Pattern, Patterns, check_patterns, listed, matcher, what_matches
 from .places import memory_of, overlap
-from .targets import LoraTarget, Target
+from .sharded import is_sharded
+from .targets import AnyTarget, LoraTarget, Target
 from .writing import Held, check_writable, held
 
 #: Parts of a fused projection's outputs: so many equal ones, or their sizes.
@@ -29,10 +31,17 @@ _LORA = ("merged", "product")
 class Selection:
     """The weights to act on, in the model's order, and the reason for each layer that is not among them."""
 
-    targets: list[Target | LoraTarget] = field(default_factory=list)
+    targets: list[AnyTarget] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     #: Of the skipped, for want of support: their parameters of two or more dimensions, embeddings not counted.
     free: dict[str, list[Tensor]] = field(default_factory=dict)
+    #: Of the skipped, those whose weight is that of a target all the same, and of what kind they are.
+    tied: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold but parts of a weight, so that to look at it all must take part."""
+        return any(is_sharded(leaf) for target in self.targets for leaf in target.leaves())
 
 
 def select(
@@ -66,12 +75,9 @@ def select(
     wanted = matcher("layers", layers, modules) if layers is not None else lambda name: True
     unwanted = matcher("exclude", exclude, modules) if exclude is not None else lambda name: False
     explicit = {p for p in listed(layers) if isinstance(p, str)}
-    if not isinstance(split, (Mapping, type(None))):
-        raise TypeError(f"`split` must map patterns to parts, like {{'*.c_attn': 3}}; got {split!r}.")
+    check_split(split)
     parts = {name: p for pattern, p in (split or {}).items() for name in filter(matcher("split", pattern, modules), modules)}
-    if lora not in _LORA:
-        raise ValueError(f"`lora` must be one of {', '.join(map(repr, _LORA))}; got {lora!r}.")
-
+    check_lora(lora)
     for name in explicit & set(modules):
         if not any(_has_weight(part) for part in modules[name].modules()):
             raise ValueError(f"`layers` names {name}, {a_kind(modules[name])}, which has no weight.")
@@ -112,6 +118,7 @@ def select(
             if key in owners:
                 owners[key].share(name, layer, how)
                 result.skipped[name] = f"shares the weight of {owners[key].targets[0].name or 'the model itself'}"
+                result.tied[name] = kind_of(layer)
             else:
                 targets = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts.get(name))]
                 owners[key] = _Owner(name, how, targets)
@@ -129,6 +136,25 @@ def select(
         raise ValueError(f"no layer to act on is left in {type(model).__name__} ({found}).")
     _account(result, modules, unsupported)
     return result
+
+
+def check_split(split: Split) -> None:
+    """Refuse what does not map patterns to numbers of parts, or to their sizes."""
+    if not isinstance(split, (Mapping, type(None))):
+        raise TypeError(f"`split` must map patterns to parts, like {{'*.c_attn': 3}}; got {split!r}.")
+    for pattern, parts in (split or {}).items():
+        check_patterns("split", pattern)
+        sizes = [parts] if is_whole(parts) else list(parts) if isinstance(parts, Sequence) else []
+        if not sizes or not all(is_whole(size) and size > 0 for size in sizes):
+            raise ValueError(
+                f"`split` of {pattern!r} must be a divisor of the outputs, or sizes that sum to them, from 1 on; got {parts!r}."
+            )
+
+
+def check_lora(lora: str) -> None:
+    """Refuse what is no way to count LoRA adapters."""
+    if lora not in _LORA:
+        raise ValueError(f"`lora` must be one of {', '.join(map(repr, _LORA))}; got {lora!r}.")
 
 
 @dataclass
@@ -171,8 +197,8 @@ def _account(result: Selection, modules: dict[str, nn.Module], unsupported: set[
         own = [(key, p) for key, p in _own_parameters(layer) if p.ndim > 1]
         left = [(key, p) for key, p in own if id(p) not in bounded]
         if name in unsupported and own and not left:
-            kind = type_before_parametrizations(layer).__name__
-            result.skipped[name] = f"the weight of this {kind} is bounded as that of {bounded[id(own[0][1])]}"
+            result.tied[name] = kind_of(layer)
+            result.skipped[name] = f"the weight of this {result.tied[name]} is bounded as that of {bounded[id(own[0][1])]}"
         elif name in unsupported and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             result.free[name] = [p for _, p in left]
         elif name not in result.skipped:
@@ -193,7 +219,7 @@ def _parts(name: str, layer: nn.Module, parts: Parts | None) -> list[tuple[str, 
     if not isinstance(op, DenseOperator):
         raise ValueError(f"`split` is for linear layers; {name} is a {type(layer).__name__}.")
     (out,) = op.out_shape
-    sizes = [out // parts] * parts if isinstance(parts, int) and parts > 0 else list(parts) if isinstance(parts, Sequence) else []
+    sizes = list(parts) if isinstance(parts, Sequence) else [out // parts] * parts
     if sum(sizes) != out or min(sizes) < 1:
         raise ValueError(f"`split` of {name} must be a divisor of its {out} outputs, or sizes that sum to them; got {parts!r}.")
     return [(f"{name}[{start}:{stop}]", slice(start, stop)) for start, stop in pairwise(accumulate(sizes, initial=0))]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..linalg.scaling import check_finite
 from ..operators import DenseOperator, as_operator
 from ..operators.base import KernelOperator
 from ..operators.layers import lora_factors
+from ..projections import rescale
 from ..projections.low_rank import clip_update
+from .names import kind_of
+from .places import place_of
 from .sharded import full
 from .writing import held, pruning_mask, write_
 
-#: What `LoraTarget.clipped` has found: the base weight and the left factors, each None where it stays.
+#: Operator, largest norm → weight.
+Project = Callable[[KernelOperator, float], Tensor]
+#: What brings a sum inside: the base weight and the left factors of the adapters, each None where it stays.
 LoraChange = tuple[Tensor | None, list[Tensor] | None]
 
 
@@ -27,10 +34,23 @@ class Target:
     layers: list[nn.Module]
     outputs: slice | None = None
 
+    @property
+    def kind(self) -> str:
+        """The class of the first layer."""
+        return kind_of(self.layers[0])
+
     def operators(self) -> list[KernelOperator]:
         """An operator for each layer, all of one weight; tied layers may apply it with different geometries, or transposed."""
         operators = [_part(as_operator(layer), self.outputs) for layer in self.layers]
         return [operators[0], *(_as_it_lies(op, operators[0].weight) for op in operators[1:])]
+
+    def gathered(self) -> Whole:
+        """The weight as it is now: one that is sharded is gathered from all processes, which must all take part."""
+        return Whole(self, [op.with_weight(full(op.weight)) for op in self.operators()])
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the layers that use the weight."""
+        return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
 
     def leaves(self) -> list[Tensor]:
         """The parameters that the weight is made of."""
@@ -58,6 +78,35 @@ class Target:
         _write_part_(self.layers[0], weight, self.outputs)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The weight of a target, all of it, as it was when it was gathered; and what brings it inside a ball."""
+
+    target: Target
+    #: One for each use.
+    operators: list[KernelOperator]
+
+    def only(self) -> KernelOperator | None:
+        """The operator, if what is inside for it is inside: not with several uses, or under a mask."""
+        return self.operators[0] if len(self.operators) == 1 and self.target.mask() is None else None
+
+    def inside(self, project: Project, max_norm: float) -> Tensor | None:
+        """What `Target.write_` is to be given so that the weight is inside the ball, or None if it is there already.
+
+        Raises:
+            ValueError: NaN or infinity in the weight.
+        """
+        weight = before = self.operators[0].weight
+        check_finite(before)
+        for i, op in enumerate(self.operators):
+            # the first use decides the shape of the result; scaling for another keeps the bound of all before it
+            weight = (project if i == 0 else rescale)(op.with_weight(weight), max_norm)
+        if weight is before:
+            return None
+        mask = self.target.mask()
+        return weight if mask is None else rescale(self.operators[0].with_weight(weight * mask), max_norm)
+
+
 @dataclass
 class LoraTarget:
     """A linear layer's weight together with its LoRA adapters, `W + Σ s B A`; or, without a `base`, `Σ s B A` alone.
@@ -70,13 +119,30 @@ class LoraTarget:
     outputs: slice | None = None
     #: The base layer's own weight.
     base: Target | None = None
-    #: The bound that it is known to obey: a frozen one is looked at until then.
-    _base_within: float = field(default=float("inf"), repr=False)
+    #: A bound that the base weight was found to obey, and what its parameters were then.
+    _obeyed: tuple[float, object] | None = field(default=None, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """The class of the base layer, and that there are adapters."""
+        return f"{kind_of(cast(nn.Module, self.layers[0].base_layer))} + LoRA" if self.base is not None else "LoRA"
 
     def operators(self) -> list[KernelOperator]:
         """One operator: that of the sum."""
-        weight, left, right = self._sum()
-        return [DenseOperator(weight.to(right) + left.to(right) @ right)]
+        return self.gathered().operators
+
+    def gathered(self) -> WholeSum:
+        """The base weight and the factors as they are now: sharded ones are gathered from all processes."""
+        factors = [
+            (_matrix(as_operator(a)), _matrix(_part(as_operator(b), self.outputs)), s) for a, b, s in lora_factors(self.layers[0])
+        ]
+        rights = [scale * a.to(torch.promote_types(a.dtype, torch.float32)) for a, _, scale in factors]
+        base = None if self.base is None else self.base.gathered()
+        return WholeSum(self, torch.cat([b for _, b, _ in factors], dim=1), torch.cat(rights), base)
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the layer and its adapters."""
+        return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
 
     def leaves(self) -> list[Tensor]:
         """The parameters of the adapters, and of the base weight."""
@@ -92,31 +158,25 @@ class LoraTarget:
         own = [b for _, b, _ in lora_factors(self.layers[0]) if not held(b).plain]
         return own if self.base is None else own + self.base.may_refuse()
 
-    @torch.no_grad()
-    def clipped(self, project: Callable[[Target], Tensor | None], max_norm: float) -> LoraChange | None:
-        """What brings the sum inside, or None if it is there.
+    def base_obeys(self, max_norm: float) -> bool:
+        """Whether the base weight was found to obey this bound and has not been written since: a frozen one is looked at once."""
+        return self._obeyed is not None and self._obeyed[0] <= max_norm and self._obeyed[1] == self._base_state()
 
-        If the base alone exceeds the bound, `project` takes it inside first, frozen or not. Then the adapters' `B` go as near to
-        what they are as the room that the base leaves allows; their `A` stay.
-        """
-        weight, left, right = self._sum()
-        base = None
-        if self.base is not None and max_norm < self._base_within:
-            base = project(self.base)
-            if base is not None:
-                # half-precision factors cannot meet a wall exactly: room for their rounding
-                eps = torch.finfo(left.dtype).eps
-                base = base * (1 - eps) if eps > 1e-6 else base
-                weight = _matrix(self.base.operators()[0].with_weight(base))
-            else:
-                self._base_within = max_norm
-        new = clip_update(weight, left, right, max_norm)
-        if new is left:
-            return None if base is None else (base, [])
-        return base, list(new.split([a.weight.shape[0] for a, _, _ in lora_factors(self.layers[0])], dim=1))
+    def base_was_inside(self, max_norm: float) -> None:
+        """Remember that the base weight, as it is now, obeys this bound."""
+        state = self._base_state()
+        self._obeyed = None if state is None else (max_norm, state)
+
+    def _base_state(self) -> object:
+        """What changes with every write into the frozen parameters of the base weight; None where that cannot be told."""
+        leaves = [] if self.base is None else self.base.leaves()
+        # what trains may be written by way of `.data`, which no version counts
+        if any(leaf.requires_grad or leaf.is_inference() for leaf in leaves):
+            return None
+        return [(id(leaf), place_of(leaf), leaf._version) for leaf in leaves]
 
     def write_(self, change: LoraChange) -> None:
-        """Give the base layer and the adapters what `clipped` has found."""
+        """Give the base layer and the adapters what brings the sum inside."""
         base, lefts = change
         if self.base is not None and base is not None:
             self.base.write_(base)
@@ -124,16 +184,57 @@ class LoraTarget:
             for (_, b, _), left in zip(lora_factors(self.layers[0]), lefts, strict=True):
                 _write_part_(b, left, self.outputs)
 
-    def _sum(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`W` as (out, in), all `B` side by side, and all `s A` one below the other."""
-        factors = [
-            (_matrix(as_operator(a)), _matrix(_part(as_operator(b), self.outputs)), s) for a, b, s in lora_factors(self.layers[0])
-        ]
-        rights = [scale * a.to(torch.promote_types(a.dtype, torch.float32)) for a, _, scale in factors]
-        left, right = torch.cat([b for _, b, _ in factors], dim=1), torch.cat(rights)
+
+@dataclass(frozen=True)
+class WholeSum:
+    """The parts of a target's sum `W + B A`, all of them, as they were when they were gathered; and what brings it inside."""
+
+    target: LoraTarget
+    #: All `B` side by side.
+    left: Tensor
+    #: All `s A`, one below the other.
+    right: Tensor
+    base: Whole | None
+
+    @property
+    def operators(self) -> list[KernelOperator]:
+        """One operator: that of the sum."""
+        return [DenseOperator(self._base_matrix().to(self.right) + self.left.to(self.right) @ self.right)]
+
+    def only(self) -> None:
+        """None: what is inside is the sum, and what is written its parts."""
+
+    @torch.no_grad()
+    def inside(self, project: Project, max_norm: float) -> LoraChange | None:
+        """What `LoraTarget.write_` is to be given so that the sum is inside the ball, or None if it is there already.
+
+        If the base alone exceeds the bound, `project` takes it inside first, frozen or not. Then the adapters' `B` go as near to
+        what they are as the room that the base leaves allows; their `A` stay.
+        """
+        weight, base = self._base_matrix(), None
+        if self.base is not None and not self.target.base_obeys(max_norm):
+            base = self.base.inside(project, max_norm)
+            if base is None:
+                self.target.base_was_inside(max_norm)
+            else:
+                # half-precision factors cannot meet a wall exactly: room for their rounding
+                eps = torch.finfo(self.left.dtype).eps
+                base = base * (1 - eps) if eps > 1e-6 else base
+                weight = _matrix(self.base.operators[0].with_weight(base))
+        new = clip_update(weight, self.left, self.right, max_norm)
+        if new is self.left:
+            return None if base is None else (base, [])
+        return base, list(new.split([a.weight.shape[0] for a, _, _ in lora_factors(self.target.layers[0])], dim=1))
+
+    def _base_matrix(self) -> Tensor:
+        """`W` as (out, in)."""
         if self.base is None:
-            return right.new_zeros(len(left), right.shape[1]), left, right
-        return _matrix(self.base.operators()[0]), left, right
+            return self.right.new_zeros(len(self.left), self.right.shape[1])
+        return _matrix(self.base.operators[0])
+
+
+#: What hooks act on.
+AnyTarget = Target | LoraTarget
 
 
 def _matrix(op: KernelOperator) -> Tensor:

@@ -317,7 +317,7 @@ def test_record() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     before = max(float(sh.spectral_norm(sh.as_operator(model[i])).detach()) for i in (0, 3, 5))
-    hook = sh.SpectralClip(1.0, record=True)
+    hook = sh.SpectralClip(1.0, log=True)
     assert hook.largest_norm is None
     hook.attach(model, optimizer)
     assert hook.largest_norm == pytest.approx(before, rel=0.011)

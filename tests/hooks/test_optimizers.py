@@ -275,7 +275,7 @@ def test_what_only_passes_steps_on_is_looked_at_once(monkeypatch: pytest.MonkeyP
         optimizer.wrapped = optimizer.wrapped.optimizer
         clip = sh.SpectralClip(1.0)
         clip.attach(model, optimizer)
-        monkeypatch.setattr(clip, "_project_all", lambda slack: looks.append(slack))
+        monkeypatch.setattr(clip, "act", lambda targets, stepped: looks.append(stepped))
         backward(model, 0)
         optimizer.step()
         assert len(looks) == expected

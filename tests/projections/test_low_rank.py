@@ -207,7 +207,7 @@ def test_two_active_adapters_are_bounded_together() -> None:
     x = torch.randn(5, 6)
     torch.testing.assert_close(x @ sh.as_operator(layer).weight.T + layer.base_layer.bias, layer(x))
     (target,) = [target for target in select(model, layers="*.0").targets if target.name.endswith(".0")]
-    change = target.clipped(lambda base: None, 1.0)
+    change = target.gathered().inside(lambda op, max_norm: op.weight, 1.0)
     assert change is not None
     target.write_(change)
     assert norm(sh.as_operator(layer).weight.detach()) <= 1 + 2e-6

@@ -498,7 +498,7 @@ def test_frozen_weights_are_left_while_training_and_constrained_once_they_are_th
     model[:2].requires_grad_(False)
     before = {name: value.clone() for name, value in model[:2].state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    hook = sh.SpectralClip(1.0, batch_norm="clip", distribute=distribute, slack=slack, record=True)
+    hook = sh.SpectralClip(1.0, batch_norm="clip", distribute=distribute, slack=slack, log=True)
     hook.attach(model.eval(), optimizer)
 
     def step() -> None:
@@ -535,7 +535,7 @@ def test_a_layer_is_frozen_if_its_weight_is(frozen: list[str]) -> None:
 def test_all_frozen_is_nothing_to_do() -> None:
     model = large().requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    hook = sh.SpectralClip(1.0, record=True)
+    hook = sh.SpectralClip(1.0, log=True)
     hook.attach(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
     assert hook.clipped == 0
     assert hook.largest_norm is None
