@@ -1,18 +1,20 @@
-"""Every operator and every projection that the tests cross, once, as data."""
+"""What the tests cross, once, as data: operators, kernels, and a row for every bound, projection, penalty and parametrization."""
 
 from __future__ import annotations
 
 import copy
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import cycle, product
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
-from spectral_hooks import ConvOperator, bounds, projections
-from spectral_hooks.operators import LinearOperator
+from spectral_hooks import ConvOperator, bounds, parametrizations, projections
+from spectral_hooks.operators import DenseOperator, KernelOperator, LinearOperator
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -171,6 +173,184 @@ CONVS = _SPECIAL + _1D + _2D + _3D
 #: Few of them, for what costs more; every kind is still there.
 FEW_CONVS = _SPECIAL + _1D[3::23] + _2D[5::31] + _3D[2::11]
 
+# -- kernels, by what their spectrum is like ----------------------------------------------------------------------------------
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """A Gaussian kernel in float64."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth(*shape: int) -> Tensor:
+    """Low-pass in every channel: a trained kernel's kind, the symbol is largest near zero."""
+    kernel = random(*shape).abs()
+    for axis in range(2, len(shape)):
+        bump = torch.hann_window(shape[axis] + 2, periodic=False, dtype=torch.float64)[1:-1]
+        kernel = kernel * bump.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return kernel
+
+
+def sparse(*shape: int) -> Tensor:
+    """One entry in ten."""
+    kernel = random(*shape)
+    return kernel * (random(*shape, seed=1) > 1.28)
+
+
+def rank_one(*shape: int) -> Tensor:
+    """An outer product of channels and taps."""
+    out = torch.ones((), dtype=torch.float64)
+    for axis, size in enumerate(shape):
+        out = out.unsqueeze(-1) * random(size, seed=axis)
+    return out
+
+
+def single_tap(*shape: int) -> Tensor:
+    """All zero but one tap off the centre."""
+    kernel = torch.zeros(shape, dtype=torch.float64)
+    last = (slice(None), slice(None), *(size - 1 for size in shape[2:]))
+    kernel[last] = random(*shape[:2])
+    return kernel
+
+
+def flat(*shape: int) -> Tensor:
+    """Every singular value one at every frequency: an orthogonal matrix of shifts, no frequency can be dropped."""
+    out, inner = shape[:2]
+    q = torch.linalg.qr(random(out, inner)).Q
+    kernel = torch.zeros(shape, dtype=torch.float64)
+    for i, tap in zip(range(inner), product(*(range(k) for k in shape[2:])), strict=False):
+        kernel[(slice(None), i, *tap)] = q[:, i]
+    return kernel
+
+
+def nearly_flat(*shape: int) -> Tensor:
+    """The same, disturbed by a thousandth."""
+    return flat(*shape) + 1e-3 * random(*shape, seed=2)
+
+
+def off_grid(*shape: int) -> Tensor:
+    """Largest at a frequency that is no simple fraction of a turn."""
+    kernel = random(*shape)
+    for axis in range(2, len(shape)):
+        wave = torch.cos((0.7319 + 0.41 * axis) * torch.arange(shape[axis], dtype=torch.float64) + 0.3)
+        kernel = (
+            kernel.mean((0, 1), keepdim=True).expand(shape) * 0
+            + kernel * 0.1
+            + wave.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        )
+    return kernel
+
+
+#: name: kernel, settings of the operator
+KERNELS: dict[str, tuple[Tensor, dict]] = {
+    "random": (random(4, 3, 3, 3), {}),
+    "random-5": (random(3, 3, 5, 5), {}),
+    "random-wide": (random(30, 30, 3, 3), {}),
+    "even": (random(3, 4, 2, 4), {}),
+    "rectangular": (random(3, 4, 1, 5), {}),
+    "smooth": (smooth(4, 4, 3, 3), {}),
+    "smooth-5": (smooth(3, 4, 5, 5), {}),
+    "off-grid": (off_grid(3, 3, 5, 5), {}),
+    "sparse": (sparse(6, 6, 3, 3), {}),
+    "rank-one": (rank_one(4, 5, 3, 3), {}),
+    "zero": (torch.zeros(3, 3, 3, 3, dtype=torch.float64), {}),
+    "single-tap": (single_tap(4, 3, 3, 3), {}),
+    "one-by-one": (random(4, 3, 1, 1), {}),
+    "flat": (flat(4, 4, 3, 3), {}),
+    "flat-wide": (flat(28, 28, 3, 3), {}),
+    "nearly-flat": (nearly_flat(4, 4, 3, 3), {}),
+    "grouped": (random(6, 2, 3, 3), {"groups": 3}),
+    "depthwise": (random(5, 1, 3, 3), {"groups": 5}),
+    "one-large-group": (random(4, 1, 3, 3) * torch.tensor([1.0, 1e-3, 50.0, 0.0]).double().reshape(4, 1, 1, 1), {"groups": 4}),
+    "stride-2": (random(4, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "stride-2-smooth": (smooth(3, 3, 4, 4), {"stride": 2}),
+    "stride-3": (random(3, 2, 5, 5), {"stride": 3}),
+    "stride-mixed": (random(3, 2, 3, 4), {"stride": (1, 2)}),
+    "dilated": (random(3, 3, 3, 3), {"dilation": 2}),
+    "dilated-strided": (random(3, 2, 3, 3), {"dilation": 2, "stride": 3}),
+    "dilated-by-the-stride": (random(3, 2, 3, 3), {"dilation": 2, "stride": 2}),
+    "transposed": (random(3, 4, 3, 3), {"transposed": True, "stride": 2, "output_padding": 1}),
+    "transposed-grouped": (random(4, 2, 3, 3), {"transposed": True, "stride": 2, "groups": 2}),
+    "tiny": (random(3, 3, 3, 3) * 1e-30, {}),
+    "huge": (random(3, 3, 3, 3) * 1e30, {}),
+    "badly-scaled": (random(4, 4, 3, 3) * torch.tensor([1e30, 1.0, 1e-30, 0.0]).double().reshape(4, 1, 1, 1), {}),
+    "1d": (random(3, 4, 5), {}),
+    "1d-long": (random(2, 2, 31), {}),
+    "1d-strided": (random(3, 2, 5), {"stride": 2}),
+    "1d-depthwise": (random(4, 1, 7), {"groups": 4}),
+    "1d-off-grid": (off_grid(2, 2, 9), {}),
+    "3d": (random(2, 3, 3, 3, 3), {}),
+    "3d-smooth": (smooth(2, 2, 3, 3, 3), {}),
+    "3d-strided": (random(2, 2, 3, 2, 3), {"stride": 2}),
+    "3d-transposed": (random(2, 2, 2, 3, 2), {"stride": (1, 2, 1), "transposed": True}),
+}
+
+#: An operator of every kind, from one weight of shape `(3, 2, 3, 3)`.
+OPERATORS: dict[str, Callable[[Tensor], KernelOperator]] = {
+    "dense": lambda w: DenseOperator(w.flatten(1)),
+    "lattice": lambda w: ConvOperator(w),
+    "lattice-strided": lambda w: ConvOperator(w, stride=2),
+    "lattice-dilated": lambda w: ConvOperator(w, dilation=2, stride=2),
+    "lattice-grouped": lambda w: ConvOperator(w, groups=3),
+    "lattice-transposed": lambda w: ConvOperator(w, transposed=True, stride=2),
+    "circular": lambda w: ConvOperator(w).circular((5, 4)),
+    "circular-strided": lambda w: ConvOperator(w, stride=2).circular((6, 4)),
+    "zeros": lambda w: ConvOperator(w, padding=1, input_size=(4, 3)),
+    "reflect": lambda w: ConvOperator(w, padding=1, padding_mode="reflect", input_size=(4, 3)),
+}
+
+
+# -- layers that are made orthogonal ------------------------------------------------------------------------------------------
+
+#: Convolutions for what is orthogonal: channels, kernel, settings; and an input size that every stride divides.
+GEOMETRIES: dict[str, tuple[tuple, dict, tuple[int, ...]]] = {
+    "square": ((4, 4, 3), {"padding": 1}, (5, 6)),
+    "smaller than the kernel": ((2, 2, 5), {"padding": 2}, (3, 2)),
+    "more outputs": ((2, 5, 3), {"padding": 1}, (5, 4)),
+    "fewer outputs": ((5, 2, 3), {"padding": 1}, (5, 4)),
+    "5×3": ((3, 3, (5, 3)), {"padding": (2, 1)}, (6, 5)),
+    "even": ((3, 3, (4, 2)), {"padding": "same"}, (6, 5)),
+    "1×1": ((5, 3, 1), {}, (2, 3)),
+    "stride": ((2, 6, 3), {"padding": 1, "stride": 2}, (6, 8)),
+    "stride, more outputs": ((2, 9, 3), {"padding": 1, "stride": (2, 1)}, (6, 3)),
+    "stem": ((1, 3, 7), {"padding": 3, "stride": 2}, (8, 6)),
+    "patches": ((2, 5, 4), {"stride": 4}, (8, 4)),
+    "patches with gaps": ((2, 9, 1), {"stride": 2}, (4, 6)),
+    "gap and overlap": ((2, 5, 3), {"padding": 1, "stride": 3}, (6, 3)),
+    "grouped": ((4, 6, 3), {"padding": 1, "groups": 2}, (4, 5)),
+    "grouped stride": ((4, 4, 2), {"stride": 2, "groups": 2}, (4, 6)),
+    "grouped stride, overlap": ((4, 6, 3), {"padding": 1, "stride": 2, "groups": 2}, (4, 6)),
+    "depthwise": ((3, 3, 3), {"padding": 1, "groups": 3}, (4, 5)),
+    "dilated": ((3, 3, 3), {"padding": 2, "dilation": 2}, (6, 5)),
+    "1-D": ((3, 4, 5), {"padding": 2}, (9,)),
+    "3-D": ((2, 2, 3), {"padding": 1}, (3, 2, 4)),
+    "circular": ((3, 3, 3), {"padding": 1, "padding_mode": "circular"}, (5, 4)),
+    "circular stride": ((2, 3, 3), {"padding": 1, "stride": 2, "padding_mode": "circular"}, (6, 4)),
+}
+
+
+def convolution(name: str, dtype: torch.dtype = torch.float64, gain: float = 1.0, bias: bool = False) -> nn.Module:
+    """The layer of this geometry, its weight times a gain."""
+    torch.manual_seed(0)
+    arguments, settings, size = GEOMETRIES[name]
+    layer = _CONVS[len(size)](*arguments, bias=bias, **settings).to(dtype)
+    with torch.no_grad():
+        layer.weight.mul_(gain)
+    return layer
+
+
+def in_shape(name: str) -> tuple[int, ...]:
+    """Of an input of this geometry."""
+    (channels, *_), _, size = GEOMETRIES[name]
+    return (channels, *size)
+
+
+def all_singular_values(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The `min(outputs, inputs)` of them, from the dense matrix."""
+    return torch.linalg.svdvals(apply_to_identity(layer, shape).double())
+
+
+# -- one row for everything that the library offers -----------------------------------------------------------------------------
+
 #: Every bound: `operator -> 0-d tensor`; after a hyphen, with the ends of its arguments.
 BOUNDS: dict[str, Callable[[LinearOperator], Tensor]] = {
     "cosine_grid": bounds.cosine_grid,
@@ -192,7 +372,86 @@ PROJECTIONS: dict[str, Callable[[LinearOperator, float], Tensor]] = {
     "clip": projections.clip,
     "clip-1-round": partial(projections.clip, rounds=1),
     "rescale": projections.rescale,
+    "band": partial(projections.band, min_norm=0.3),
+    "band-0": projections.band,
+    "polar": projections.polar,
+    "soft_cap": projections.soft_cap,
+    "hammer": projections.hammer,
+    "clipped_decay": projections.clipped_decay,
+    "parseval": projections.parseval,
 }
+
+#: Those that leave what is inside as it is, bit for bit.
+KEEPING = {name: project for name, project in PROJECTIONS.items() if name.partition("-")[0] in ("clip", "rescale")}
+
+#: Every penalty: `operator -> 0-d tensor`, differentiable.
+PENALTIES: dict[str, Callable[[LinearOperator], Tensor]] = {}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A parametrization of one layer, and what it promises of it."""
+
+    make: Callable[[nn.Module], nn.Module]
+    layer: Callable[[], nn.Module]
+    #: of one input
+    shape: tuple[int, ...]
+    #: of the layer as it is applied
+    max_norm: float = 1.0
+    #: whether `remove_spectral` finds a plain layer that equals it
+    is_plain: bool = True
+
+
+def _linear() -> nn.Module:
+    return nn.Linear(6, 4)
+
+
+def _conv() -> nn.Module:
+    return nn.Conv2d(4, 4, 3, padding=1)
+
+
+def _strided() -> nn.Module:
+    return nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)
+
+
+def _circular() -> nn.Module:
+    return nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+
+
+#: Every parametrization, on layers of each kind that it takes.
+PARAMETRIZATIONS: dict[str, Made] = {
+    "rescaled": Made(partial(parametrizations.rescaled, max_norm=0.5), _conv, (4, 5, 6), 0.5),
+    "rescaled-strided": Made(partial(parametrizations.rescaled, max_norm=0.5), _strided, (4, 9), 0.5),
+    "rescaled-matrix": Made(partial(parametrizations.rescaled, max_norm=0.5), _linear, (6,), 0.5),
+    "clipped": Made(partial(parametrizations.clipped, max_norm=0.5), _conv, (4, 5, 6), 0.5),
+    "clipped-strided": Made(partial(parametrizations.clipped, max_norm=0.5), _strided, (4, 9), 0.5),
+    "clipped-matrix": Made(partial(parametrizations.clipped, max_norm=0.5), _linear, (6,), 0.5),
+    "banded": Made(lambda layer: parametrizations.banded(layer, 0.5, 0.5), _linear, (6,), 0.5),
+    "orthogonal": Made(parametrizations.orthogonal, _conv, (4, 5, 6)),
+    "orthogonal-strided": Made(parametrizations.orthogonal, _strided, (4, 9)),
+    "orthogonal-matrix": Made(parametrizations.orthogonal, _linear, (6,)),
+    "skew": Made(parametrizations.skew, _conv, (4, 5, 6), is_plain=False),
+    "cayley": Made(parametrizations.cayley, _circular, (4, 5, 6), is_plain=False),
+    # a normalizer of each channel: together they reach the root of their number
+    "conv_norm": Made(parametrizations.conv_norm, _circular, (4, 5, 6), 2.0, is_plain=False),
+    "group_shuffle": Made(partial(parametrizations.group_shuffle, blocks=2), _conv, (4, 5, 6), is_plain=False),
+    "group_shuffle-matrix": Made(partial(parametrizations.group_shuffle, blocks=2), lambda: nn.Linear(6, 6), (6,)),
+    # no bound of its own
+    "tensor_train": Made(partial(parametrizations.tensor_train, rank=2), _conv, (4, 5, 6), inf),
+    "tensor_train-matrix": Made(partial(parametrizations.tensor_train, rank=2), _linear, (6,), inf),
+}
+
+#: One layer of each kind that operators tell apart, for what costs little.
+SOME_CONVS = [
+    Case((6, 5), 3, padding=1),
+    Case((7,), 4, stride=2, padding=1),
+    Case((6, 6), 3, (4, 2), padding=2, dilation=2, groups=2),
+    Case((6, 6), 2, stride=2),
+    Case((4, 3), 3, stride=2, padding=1, output_padding=1, transposed=True),
+    Case((6, 5), 3, padding=1, mode="circular"),
+    Case((6, 5), 3, padding=1, mode="reflect"),
+    Case((3, 4, 3), 2, padding=1),
+]
 
 #: Shapes of matrices `(out, in)`.
 MATRICES = [(1, 1), (1, 5), (5, 1), (4, 4), (3, 7), (7, 3)]
@@ -218,6 +477,13 @@ def shards_on_cpu() -> bool:
     from torch.distributed import fsdp
 
     return hasattr(fsdp, "fully_shard")
+
+
+def free_port() -> int:
+    """Of this machine, for processes that are to meet there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class _Holder:

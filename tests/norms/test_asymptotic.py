@@ -7,8 +7,7 @@ from math import prod
 
 import pytest
 import torch
-from cases import CONVS, Case
-from test_spectrum import DIFFERENTIABLE, random, smooth
+from cases import CONVS, OPERATORS, Case, random, smooth
 from torch import Tensor
 
 import spectral_hooks as sh
@@ -72,14 +71,14 @@ def test_gradcheck_of_spectral_norms(name: str) -> None:
     weights = [random(3, 2, 3, 3, seed=seed).requires_grad_() for seed in range(3)]
 
     def norms(*ws: Tensor) -> Tensor:
-        return torch.stack(sh.spectral_norms([DIFFERENTIABLE[name](w) for w in ws]))
+        return torch.stack(sh.spectral_norms([OPERATORS[name](w) for w in ws]))
 
     assert torch.autograd.gradcheck(norms, weights, eps=1e-6, atol=1e-5)
     frozen = [w.detach() for w in weights[:2]]
-    values = sh.spectral_norms([DIFFERENTIABLE[name](w) for w in [*frozen, weights[2]]])
+    values = sh.spectral_norms([OPERATORS[name](w) for w in [*frozen, weights[2]]])
     assert [value.requires_grad for value in values] == [False, False, True]
     zero = torch.zeros(3, 2, 3, 3, requires_grad=True)
-    value, _ = sh.spectral_norms([DIFFERENTIABLE[name](w) for w in (zero, zero)])
+    value, _ = sh.spectral_norms([OPERATORS[name](w) for w in (zero, zero)])
     value.backward()
     assert float(value.detach()) == 0
     assert bool(torch.isfinite(zero.grad).all())
@@ -88,7 +87,7 @@ def test_gradcheck_of_spectral_norms(name: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_spectral_norms_of_non_finite_weights_are_refused(bad: float) -> None:
     for name in ("dense", "circular", "lattice"):
-        ops = [DIFFERENTIABLE[name](w) for w in (random(3, 2, 3, 3), torch.full((3, 2, 3, 3), bad).double())]
+        ops = [OPERATORS[name](w) for w in (random(3, 2, 3, 3), torch.full((3, 2, 3, 3), bad).double())]
         with pytest.raises(ValueError, match="`weight` contains NaN or infinity"):
             sh.spectral_norms(ops)
 

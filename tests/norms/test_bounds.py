@@ -9,8 +9,7 @@ from math import cos, inf, pi, prod, sqrt
 
 import pytest
 import torch
-from cases import BOUNDS, CONVS, FEW_CONVS, MATRICES, Case
-from test_spectrum import DIFFERENTIABLE, KERNELS, flat, random, smooth
+from cases import BOUNDS, CONVS, FEW_CONVS, KERNELS, MATRICES, OPERATORS, Case, flat, random, smooth
 from torch import Tensor
 
 import spectral_hooks as sh
@@ -463,14 +462,14 @@ def test_reflect_padding_exceeds_the_lattice_norm() -> None:
 # -- gradients --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
+@pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("name", PLAIN)
 def test_gradcheck(name: str, op: str) -> None:
     weight = random(3, 2, 3, 3)
     if name == "cosine_grid" and op == "dense":
         weight = weight + 0.1
     weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: BOUNDS[name](DIFFERENTIABLE[op](w)), weight, eps=1e-6, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda w: BOUNDS[name](OPERATORS[op](w)), weight, eps=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("ord", [1, inf])

@@ -6,14 +6,13 @@ from math import prod, sqrt
 
 import pytest
 import torch
-from cases import FEW_CONVS, MATRICES, Case
-from test_spectrum import DIFFERENTIABLE, KERNELS, flat, random, rank_one, smooth
+from cases import FEW_CONVS, KERNELS, MATRICES, OPERATORS, Case, flat, random, rank_one, smooth
 from torch import Tensor, nn
 
 import spectral_hooks as sh
 from spectral_hooks.operators import LinearOperator
 
-FINITE = [name for name in DIFFERENTIABLE if not name.startswith("lattice")]
+FINITE = [name for name in OPERATORS if not name.startswith("lattice")]
 
 
 def dense_norm(op: LinearOperator) -> float:
@@ -104,15 +103,15 @@ def test_power_iteration_of_zero() -> None:
 @pytest.mark.parametrize("make", [random, smooth], ids=lambda f: f.__name__)
 def test_gradient_of_power_iteration(name: str, make) -> None:
     weight, direction = make(3, 2, 3, 3).requires_grad_(), random(3, 2, 3, 3, seed=5)
-    value, vector = sh.estimates.power_iteration(DIFFERENTIABLE[name](weight), steps=1000, return_vector=True)
+    value, vector = sh.estimates.power_iteration(OPERATORS[name](weight), steps=1000, return_vector=True)
     (gradient,) = torch.autograd.grad(value, weight)
     h = 1e-5
     ends = [
-        float(sh.estimates.power_iteration(DIFFERENTIABLE[name](weight.detach() + sign * h * direction), steps=100, start=vector))
+        float(sh.estimates.power_iteration(OPERATORS[name](weight.detach() + sign * h * direction), steps=100, start=vector))
         for sign in (1, -1)
     ]
     assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-3, abs=1e-4)
-    plain = sh.estimates.power_iteration(DIFFERENTIABLE[name](weight.detach()), steps=1000)
+    plain = sh.estimates.power_iteration(OPERATORS[name](weight.detach()), steps=1000)
     assert torch.equal(plain, value.detach())
 
 

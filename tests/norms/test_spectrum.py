@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 import torch
-from cases import FEW_CONVS, MATRICES, Case
+from cases import FEW_CONVS, KERNELS, MATRICES, OPERATORS, Case, flat, random, rank_one, single_tap, smooth
 from torch import Tensor
 
 import spectral_hooks as sh
@@ -21,115 +21,6 @@ from spectral_hooks.norms.groups import grid_norms, lattice_norms
 from spectral_hooks.norms.lattice import lattice_norm, surely_below
 
 # -- the lattice norm -----------------------------------------------------------------------------------------------------
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """A Gaussian kernel in float64."""
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def smooth(*shape: int) -> Tensor:
-    """Low-pass in every channel: a trained kernel's kind, the symbol is largest near zero."""
-    kernel = random(*shape).abs()
-    for axis in range(2, len(shape)):
-        bump = torch.hann_window(shape[axis] + 2, periodic=False, dtype=torch.float64)[1:-1]
-        kernel = kernel * bump.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return kernel
-
-
-def sparse(*shape: int) -> Tensor:
-    """One entry in ten."""
-    kernel = random(*shape)
-    return kernel * (random(*shape, seed=1) > 1.28)
-
-
-def rank_one(*shape: int) -> Tensor:
-    """An outer product of channels and taps."""
-    out = torch.ones((), dtype=torch.float64)
-    for axis, size in enumerate(shape):
-        out = out.unsqueeze(-1) * random(size, seed=axis)
-    return out
-
-
-def single_tap(*shape: int) -> Tensor:
-    """All zero but one tap off the centre."""
-    kernel = torch.zeros(shape, dtype=torch.float64)
-    last = (slice(None), slice(None), *(size - 1 for size in shape[2:]))
-    kernel[last] = random(*shape[:2])
-    return kernel
-
-
-def flat(*shape: int) -> Tensor:
-    """Every singular value one at every frequency: an orthogonal matrix of shifts, no frequency can be dropped."""
-    out, inner = shape[:2]
-    q = torch.linalg.qr(random(out, inner)).Q
-    kernel = torch.zeros(shape, dtype=torch.float64)
-    for i, tap in zip(range(inner), product(*(range(k) for k in shape[2:])), strict=False):
-        kernel[(slice(None), i, *tap)] = q[:, i]
-    return kernel
-
-
-def nearly_flat(*shape: int) -> Tensor:
-    """The same, disturbed by a thousandth."""
-    return flat(*shape) + 1e-3 * random(*shape, seed=2)
-
-
-def off_grid(*shape: int) -> Tensor:
-    """Largest at a frequency that is no simple fraction of a turn."""
-    kernel = random(*shape)
-    for axis in range(2, len(shape)):
-        wave = torch.cos((0.7319 + 0.41 * axis) * torch.arange(shape[axis], dtype=torch.float64) + 0.3)
-        kernel = (
-            kernel.mean((0, 1), keepdim=True).expand(shape) * 0
-            + kernel * 0.1
-            + wave.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        )
-    return kernel
-
-
-#: name: kernel, settings of the operator
-KERNELS: dict[str, tuple[Tensor, dict]] = {
-    "random": (random(4, 3, 3, 3), {}),
-    "random-5": (random(3, 3, 5, 5), {}),
-    "random-wide": (random(30, 30, 3, 3), {}),
-    "even": (random(3, 4, 2, 4), {}),
-    "rectangular": (random(3, 4, 1, 5), {}),
-    "smooth": (smooth(4, 4, 3, 3), {}),
-    "smooth-5": (smooth(3, 4, 5, 5), {}),
-    "off-grid": (off_grid(3, 3, 5, 5), {}),
-    "sparse": (sparse(6, 6, 3, 3), {}),
-    "rank-one": (rank_one(4, 5, 3, 3), {}),
-    "zero": (torch.zeros(3, 3, 3, 3, dtype=torch.float64), {}),
-    "single-tap": (single_tap(4, 3, 3, 3), {}),
-    "one-by-one": (random(4, 3, 1, 1), {}),
-    "flat": (flat(4, 4, 3, 3), {}),
-    "flat-wide": (flat(28, 28, 3, 3), {}),
-    "nearly-flat": (nearly_flat(4, 4, 3, 3), {}),
-    "grouped": (random(6, 2, 3, 3), {"groups": 3}),
-    "depthwise": (random(5, 1, 3, 3), {"groups": 5}),
-    "one-large-group": (random(4, 1, 3, 3) * torch.tensor([1.0, 1e-3, 50.0, 0.0]).double().reshape(4, 1, 1, 1), {"groups": 4}),
-    "stride-2": (random(4, 3, 3, 3), {"stride": 2, "padding": 1}),
-    "stride-2-smooth": (smooth(3, 3, 4, 4), {"stride": 2}),
-    "stride-3": (random(3, 2, 5, 5), {"stride": 3}),
-    "stride-mixed": (random(3, 2, 3, 4), {"stride": (1, 2)}),
-    "dilated": (random(3, 3, 3, 3), {"dilation": 2}),
-    "dilated-strided": (random(3, 2, 3, 3), {"dilation": 2, "stride": 3}),
-    "dilated-by-the-stride": (random(3, 2, 3, 3), {"dilation": 2, "stride": 2}),
-    "transposed": (random(3, 4, 3, 3), {"transposed": True, "stride": 2, "output_padding": 1}),
-    "transposed-grouped": (random(4, 2, 3, 3), {"transposed": True, "stride": 2, "groups": 2}),
-    "tiny": (random(3, 3, 3, 3) * 1e-30, {}),
-    "huge": (random(3, 3, 3, 3) * 1e30, {}),
-    "badly-scaled": (random(4, 4, 3, 3) * torch.tensor([1e30, 1.0, 1e-30, 0.0]).double().reshape(4, 1, 1, 1), {}),
-    "1d": (random(3, 4, 5), {}),
-    "1d-long": (random(2, 2, 31), {}),
-    "1d-strided": (random(3, 2, 5), {"stride": 2}),
-    "1d-depthwise": (random(4, 1, 7), {"groups": 4}),
-    "1d-off-grid": (off_grid(2, 2, 9), {}),
-    "3d": (random(2, 3, 3, 3, 3), {}),
-    "3d-smooth": (smooth(2, 2, 3, 3, 3), {}),
-    "3d-strided": (random(2, 2, 3, 2, 3), {"stride": 2}),
-    "3d-transposed": (random(2, 2, 2, 3, 2), {"stride": (1, 2, 1), "transposed": True}),
-}
 
 #: Points per axis of the sampling, of the strided output's frequencies.
 SAMPLES = {1: 8192, 2: 512, 3: 64}
@@ -375,21 +266,8 @@ def test_dtypes() -> None:
 
 # -- gradients --------------------------------------------------------------------------------------------------------------
 
-DIFFERENTIABLE = {
-    "dense": lambda w: sh.DenseOperator(w.flatten(1)),
-    "lattice": lambda w: sh.ConvOperator(w),
-    "lattice-strided": lambda w: sh.ConvOperator(w, stride=2),
-    "lattice-dilated": lambda w: sh.ConvOperator(w, dilation=2, stride=2),
-    "lattice-grouped": lambda w: sh.ConvOperator(w, groups=3),
-    "lattice-transposed": lambda w: sh.ConvOperator(w, transposed=True, stride=2),
-    "circular": lambda w: sh.ConvOperator(w).circular((5, 4)),
-    "circular-strided": lambda w: sh.ConvOperator(w, stride=2).circular((6, 4)),
-    "zeros": lambda w: sh.ConvOperator(w, padding=1, input_size=(4, 3)),
-    "reflect": lambda w: sh.ConvOperator(w, padding=1, padding_mode="reflect", input_size=(4, 3)),
-}
 
-
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("make", [random, smooth], ids=lambda f: f.__name__)
 def test_gradcheck(name: str, make) -> None:
     """The gradient of the norm, where the largest singular value is simple."""
@@ -397,7 +275,7 @@ def test_gradcheck(name: str, make) -> None:
 
     # a lattice value is a bound that moves within its tolerance, so the tolerance must be below the step's effect
     def norm(w: Tensor) -> Tensor:
-        return sh.spectral_norm(DIFFERENTIABLE[name](w), rtol=1e-6)
+        return sh.spectral_norm(OPERATORS[name](w), rtol=1e-6)
 
     if name.startswith("lattice"):
         value = norm(weight)
@@ -416,15 +294,15 @@ def test_gradcheck(name: str, make) -> None:
 @pytest.mark.parametrize("name", ["dense", "circular", "zeros", "reflect"])
 def test_gradcheck_of_singular_values(name: str) -> None:
     weight = random(3, 2, 3, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: sh.singular_values(DIFFERENTIABLE[name](w)).square().sum(), weight)
+    assert torch.autograd.gradcheck(lambda w: sh.singular_values(OPERATORS[name](w)).square().sum(), weight)
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_the_gradient_does_not_change_the_value(name: str) -> None:
     weight = random(3, 2, 3, 3)
-    plain = sh.spectral_norm(DIFFERENTIABLE[name](weight))
+    plain = sh.spectral_norm(OPERATORS[name](weight))
     assert not plain.requires_grad
-    assert torch.equal(plain, sh.spectral_norm(DIFFERENTIABLE[name](weight.clone().requires_grad_())).detach())
+    assert torch.equal(plain, sh.spectral_norm(OPERATORS[name](weight.clone().requires_grad_())).detach())
 
 
 def test_gradient_in_bfloat16_reaches_the_weight() -> None:
@@ -441,12 +319,12 @@ def test_gradient_in_bfloat16_reaches_the_weight() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_norms_of_non_finite_weights_are_refused(name: str, bad: float) -> None:
     weight = random(3, 2, 3, 3)
     weight[1, 1, 1, 1] = bad
     with pytest.raises(ValueError, match="`weight` contains NaN or infinity"):
-        sh.spectral_norm(DIFFERENTIABLE[name](weight))
+        sh.spectral_norm(OPERATORS[name](weight))
 
 
 @pytest.mark.parametrize("name", ["dense", "circular", "zeros", "reflect"])
@@ -455,7 +333,7 @@ def test_singular_values_of_non_finite_weights_are_refused(name: str, k: int | N
     weight = random(3, 2, 3, 3)
     weight[1, 1, 1, 1] = float("nan")
     with pytest.raises(ValueError, match="`weight` contains NaN or infinity"):
-        sh.singular_values(DIFFERENTIABLE[name](weight), k)
+        sh.singular_values(OPERATORS[name](weight), k)
 
 
 @pytest.mark.parametrize("rtol", [0, -1e-3, 1e-7, 1, 2.0, float("nan")])
@@ -496,14 +374,14 @@ def test_meta_device(op: sh.LinearOperator) -> None:
 # -- determinism ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_deterministic_and_leaves_the_random_state_alone(name: str) -> None:
     weight = random(3, 2, 3, 3)
     state = torch.get_rng_state()
-    first = sh.spectral_norm(DIFFERENTIABLE[name](weight))
+    first = sh.spectral_norm(OPERATORS[name](weight))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(17)
-    assert torch.equal(first, sh.spectral_norm(DIFFERENTIABLE[name](weight)))
+    assert torch.equal(first, sh.spectral_norm(OPERATORS[name](weight)))
 
 
 @pytest.mark.parametrize("shape", MATRICES)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import FEW_CONVS, MATRICES, PROJECTIONS, Case, apply_to_identity, resized
+from cases import FEW_CONVS, KEEPING, MATRICES, Case, apply_to_identity, resized
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +20,7 @@ from spectral_hooks.norms.grid import grid_norm
 from spectral_hooks.norms.lattice import lattice_norm
 from spectral_hooks.projections import dual, frequencies
 
-projection = pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
+projection = pytest.mark.parametrize("project", KEEPING.values(), ids=KEEPING)
 
 
 def dense_norm(op: sh.LinearOperator, weight: Tensor) -> float:
@@ -63,7 +63,7 @@ def test_finite_projection_holds_at_its_size(case: Case, project) -> None:
     """Zero padding, the layer's own circular, reflect and replicate padding."""
     op = case.operator(loud(case))
     inside = project(op, 0.7)
-    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-5)
+    assert dense_norm(op, inside) <= 0.7 * (1 + 1e-6)
     assert torch.equal(project(op.with_weight(inside), 0.7), inside)
 
 
@@ -159,11 +159,10 @@ def test_entries_at_the_largest_number_stay_finite(kind: str, dtype: torch.dtype
     weight.view(-1)[1::5] *= -1
     op, scale = make(weight), float(largest)
     bound = share * norm_of(op, weight, scale)
-    slack = 1e-5 if kind.startswith(("zero-padded", "seam")) else 1e-6
     for project in (*GUARANTEED, *OTHERS):
         found = project(op, bound * scale)
         assert bool(torch.isfinite(found).all()), project.__name__
-        assert project in OTHERS or norm_of(op, found, scale) <= bound * (1 + slack), project.__name__
+        assert project in OTHERS or norm_of(op, found, scale) <= bound * (1 + 1e-6), project.__name__
     moved, scaled = (distance(p(op, bound * scale) / 2, weight / 2) for p in (projections.clip, projections.rescale))
     assert moved <= scaled
 
@@ -180,7 +179,7 @@ def test_stored_values_obey_bounds_among_the_smallest_numbers(kind: str, dtype: 
         for multiple in (0.3, 1.5, 7.0, 100.0):
             for project in (projections.clip, projections.rescale):
                 found = project(op, multiple * spacing)
-                assert norm_of(op, found, spacing) <= multiple * (1 + 1e-5)
+                assert norm_of(op, found, spacing) <= multiple * (1 + 1e-6)
                 assert multiple > 1 or not found.any()
 
 
