@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import frexp, inf, prod
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .precision import exact, float32_is_kept, widest
+from .precision import at_least_float32, exact, float32_is_kept, widest
 from .scaling import normalized
 
 #: Restarts after which a decomposition of a matrix of up to some size is cheaper.
@@ -100,47 +101,61 @@ def largest(
     Raises:
         RuntimeError: not converged after `max_restarts`.
     """
-    dtype = torch.promote_types(op.dtype, torch.float32)
+    dtype = at_least_float32(op.dtype)
     op, scale = op.of_order_one(dtype)
     above = above / scale
     size = prod(op.in_shape)
-    generator = generator or torch.Generator().manual_seed(0)
-
-    def forward(v: Tensor) -> Tensor:
-        return op.matvec(v.T.reshape(-1, *op.in_shape)).flatten(1).T
-
-    def adjoint(u: Tensor) -> Tensor:
-        return op.rmatvec(u.T.reshape(-1, *op.out_shape)).flatten(1).T
-
     block = min(k + 2, size)
     per_vector = (size + prod(op.out_shape)) * dtype.itemsize
     columns = min(size, max(4 * block, min(12 * block + 24, _BASIS_BYTES // per_vector)))
     keep = max(block, columns // 3)
+    generator = generator or torch.Generator().manual_seed(0)
     start = torch.randn(size, block, generator=generator, dtype=dtype).to(op.device)
     basis = torch.linalg.qr(start).Q
-    image = forward(basis)
+    image = _applied(op.matvec, basis, op.in_shape)
     # residuals of wide layers stop shrinking at some 30 eps
     tol = max(tol, 50 * torch.finfo(dtype).eps)
     for _ in range(max_restarts):
         while True:
-            squared, v = torch.linalg.eigh(image.T @ image)
-            s, v = squared.clamp(min=0).sqrt().flip(0), v.flip(1)
-            right, left = basis @ v[:, :block], image @ v[:, :block] / s[:block].clamp(min=torch.finfo(dtype).tiny)
-            residual = adjoint(left) - right * s[:block]
-            error = torch.linalg.vector_norm(residual, dim=0)[:k]
-            if k == 1 and len(s) > 1:
-                # off by an angle, a vector has a value off by its square, over the distance to the next; which may be overrated
-                error = torch.minimum(error, 30 * error**2 / (s[0] - s[1]).clamp(min=torch.finfo(dtype).tiny))
+            s, turn, left, right = _ritz(basis, image, block)
+            residual = _applied(op.rmatvec, left, op.out_shape) - right * s[:block]
+            error = _errors(s, residual, k)
             if s[0] == 0 or bool(((error <= tol * s[0]) | (s[:k] + error <= above)).all()) or basis.shape[1] == size:
                 return Triples(s[:k] * scale, left[:, :k].T.reshape(-1, *op.out_shape), right[:, :k].T.reshape(-1, *op.in_shape))
             if basis.shape[1] + block > columns:
+                basis, image = basis @ turn[:, :keep], image @ turn[:, :keep]
                 break
-            fresh = _orthonormal(residual, basis)[:, : size - basis.shape[1]]
-            basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
-        basis, image = basis @ v[:, :keep], image @ v[:, :keep]
-        fresh = _orthonormal(residual, basis)[:, : size - keep]
-        basis, image = torch.cat([basis, fresh], 1), torch.cat([image, forward(fresh)], 1)
+            basis, image = _extended(op, basis, image, residual)
+        basis, image = _extended(op, basis, image, residual)
     raise RuntimeError(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts; raise `tol`.")
+
+
+def _applied(function: Callable[[Tensor], Tensor], columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A map of tensors of this shape, applied to the columns of a matrix."""
+    return function(columns.T.reshape(-1, *shape)).flatten(1).T
+
+
+def _ritz(basis: Tensor, image: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The singular values of the map on a basis, descending, how the basis turns into their vectors, and the first of these."""
+    squared, turn = torch.linalg.eigh(image.T @ image)
+    s, turn = squared.clamp(min=0).sqrt().flip(0), turn.flip(1)
+    left = image @ turn[:, :block] / s[:block].clamp(min=torch.finfo(s.dtype).tiny)
+    return s, turn, left, basis @ turn[:, :block]
+
+
+def _errors(s: Tensor, residual: Tensor, k: int) -> Tensor:
+    """By how much the first `k` values may be off."""
+    error = torch.linalg.vector_norm(residual, dim=0)[:k]
+    if k > 1 or len(s) == 1:
+        return error
+    # off by an angle, a vector has a value off by its square, over the distance to the next; which may be overrated
+    return torch.minimum(error, 30 * error**2 / (s[0] - s[1]).clamp(min=torch.finfo(s.dtype).tiny))
+
+
+def _extended(op: LinearMap, basis: Tensor, image: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """The basis with what is new in a block, and its image."""
+    fresh = _orthonormal(block, basis)[:, : len(basis) - basis.shape[1]]
+    return torch.cat([basis, fresh], 1), torch.cat([image, _applied(op.matvec, fresh, op.in_shape)], 1)
 
 
 @torch.no_grad()
