@@ -40,8 +40,8 @@ def soft_cap(op: KernelOperator, max_norm: float = 1.0, *, strength: float = 0.1
     check_share("strength", strength)
 
     def capped(s: Tensor, c: float) -> Tensor:
-        x = s / c
-        x = x - strength * x**3
-        return c * (x + strength * x**3)
+        # not in units of a bound so far above that nothing would be left
+        s = s - strength * s * (s / c) ** 2
+        return s + strength * s * (s / c) ** 2
 
     return changed(op, max_norm, capped)

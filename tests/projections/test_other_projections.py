@@ -55,6 +55,46 @@ def test_convolutions_obey_the_bound(name: str, stride: int) -> None:
     assert float(values.min() / values.max()) > float(before.min() / before.max())
 
 
+@pytest.mark.parametrize("power", [-1015, -960, -500, 0])
+@pytest.mark.parametrize("bound", [1e-100, 1.0, 7e22, 1e150, 1e300])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 4, 3)], ids=str)
+def test_bounds_far_above_the_norm(shape: tuple[int, ...], bound: float, power: int) -> None:
+    """Values move to the bound, or stay, with all digits, although their ratio may be beyond the range of float64."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    size = torch.tensor(power)
+
+    def op(weight: Tensor) -> sh.LinearOperator:
+        return sh.DenseOperator(weight) if weight.ndim == 2 else sh.ConvOperator(weight, padding=1, input_size=5).circular(5)
+
+    if bound < 1e12 * 2.0**power:  # not far above
+        return
+    small, less = op(torch.ldexp(weight, size)), op(torch.ldexp(weight, torch.tensor(-60)))
+    for share in (1.0, 0.5):
+        lifted, plain = projections.band(small, bound, min_norm=share * bound), projections.band(less, 1.0, min_norm=share)
+        torch.testing.assert_close(lifted / bound, plain, rtol=1e-9, atol=1e-12)
+    for project in (projections.band, projections.clip, projections.rescale, projections.hammer, projections.soft_cap):
+        torch.testing.assert_close(torch.ldexp(project(small, bound), -size), weight, rtol=1e-5, atol=1e-9)
+    grown = torch.ldexp(projections.parseval(small, bound, strength=0.5), -size)
+    torch.testing.assert_close(grown, 1.5 * weight, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 4, 3)], ids=str)
+def test_bounds_far_below_the_norm(shape: tuple[int, ...]) -> None:
+    """Values move to the bound, and those beside the largest stay, although their ratio is beyond the range of float64."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    make = sh.DenseOperator if weight.ndim == 2 else sh.ConvOperator
+    large = make(torch.ldexp(weight, torch.tensor(1015)))
+    for bound in (1e-10, 1e-30, 1e-200):
+        for share in (1.0, 0.5):
+            moved, plain = (
+                projections.band(large, bound, min_norm=share * bound),
+                projections.band(make(weight * 1e6), min_norm=share),
+            )
+            torch.testing.assert_close(moved / bound, plain, rtol=1e-6, atol=1e-9)
+        hammered = torch.ldexp(projections.hammer(large, bound), torch.tensor(-1015))
+        torch.testing.assert_close(hammered, projections.hammer(make(weight), 1e-30), rtol=1e-9, atol=1e-12)
+
+
 def test_polar_of_an_orthogonal_kernel_is_itself() -> None:
     weight = torch.zeros(4, 4, 3, 3)
     weight[:, :, 1, 1] = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
