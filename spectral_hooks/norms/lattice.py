@@ -27,7 +27,7 @@ from ..linalg.lanczos import norms
 from ..linalg.scaling import normalized
 from ..linalg.symbols import trim
 from ..linalg.threads import calm
-from .cells import angle_of, cells_at
+from .cells import Cells, angle_of, cells_at
 from .cover import ROUNDING_SHARE, covering, in_chunks, proven_below
 from .peaks import CLIMBERS, KRYLOV_STEPS, LatticeNorm, Peak, climb, largest_at
 from .single_row import suprema
@@ -75,7 +75,7 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     elif degree.numel() and min(kernel.shape[1:3]) == 1:
         found = _of_rows(kernel, rtol, goal)
     elif degree.numel():
-        found = _search(Gram(kernel), degree, rtol, goal, limit / scale)
+        found = _Search(Gram(kernel), degree, rtol, goal, limit / scale).found()
     elif goal is not None:
         gram = Gram(kernel)
         proven = proven_below(gram, gram, cells_at(degree[None], degree, gram.groups), goal**2, ROUNDING_SHARE * goal**2).all()
@@ -126,69 +126,92 @@ def _of_rows(kernel: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
     return LatticeNorm(float(found.upper.amax()), float(found.value[group]), group, found.theta[group])
 
 
-def _search(gram: Gram, degree: Tensor, rtol: float, goal: float | None, limit: float) -> LatticeNorm:
-    """Branch and bound."""
-    lowest, highest = gram.extent()
-    low, high = float(lowest.amin()), float(highest.amax())
-    if goal is not None and high <= goal**2:
-        return LatticeNorm(goal, 0.0, 0, torch.zeros_like(degree))
-    quick = gram.single() if rtol > 1e-4 else gram
-    sample = covering(gram, degree, _SAMPLED)
-    squared = torch.cat([norms(quick(p.group, p.centre), steps=KRYLOV_STEPS) for p in in_chunks(quick, sample)])
-    best = Peak(0.0, 0, sample.centre[0]).or_at(squared, sample)
+class _Search:
+    """Branch and bound: what is known of the supremum, from below by the best peak, and from above by the cells that are left."""
 
-    def bound() -> float:
-        return best.value * (1 + rtol) if goal is None else goal
+    def __init__(self, gram: Gram, degree: Tensor, rtol: float, goal: float | None, limit: float) -> None:
+        self.gram, self.degree, self.rtol, self.goal, self.limit = gram, degree, rtol, goal, limit
+        #: In which peaks are looked for, and what is far from the bound is proven.
+        self.quick = gram.single() if rtol > 1e-4 else gram
+        low, high = gram.extent()
+        #: All eigenvalues lie between these, at all frequencies.
+        self.low, self.high = float(low.amin()), float(high.amax())
+        self.best = Peak(0.0, 0, torch.zeros_like(degree))
 
-    def settled() -> bool:
-        return high <= bound() ** 2
+    def found(self) -> LatticeNorm:
+        """The bracket, or on which side of the goal the supremum lies."""
+        if self.goal is not None and self._is_settled():
+            return LatticeNorm(self.goal, *self.best)
+        cells = self._screened()
+        if self._is_hopeless() or not (cells is None or self._proven(cells)):
+            return LatticeNorm(inf, *self.best)
+        if self.goal is not None:
+            return LatticeNorm(self.goal, *self.best)
+        found = largest_at(self.gram, self.best.theta[None])
+        most = max(found.value, self.best.value) * (1 + self.rtol)
+        return found._replace(upper=max(found.upper, min(most, sqrt(self.high))))
 
-    def hopeless() -> bool:
-        nonlocal best
-        if goal is None:
-            return bound() > limit
-        if quick is not gram and goal < best.value <= goal * (1 + _DOUBTFUL):
-            best = best._replace(value=largest_at(gram, best.theta[None]).value)  # in float64
-        return best.value > goal
+    def _bound(self) -> float:
+        """What is to be proven."""
+        return self.best.value * (1 + self.rtol) if self.goal is None else self.goal
 
-    if hopeless():
-        return LatticeNorm(inf, *best)
-    if rtol < _WITHIN_SAMPLE and not settled():
-        best = climb(quick, degree, sample.at(squared.topk(min(CLIMBERS, len(squared))).indices), best, least=0.0)
+    def _is_settled(self) -> bool:
+        """Whether the extent of all eigenvalues proves it."""
+        return self.high <= self._bound() ** 2
 
-    def above_low(norm: float) -> float:
-        """The cosine of the largest angle at which a norm may be that of a cell's centre."""
-        return sqrt(max(norm**2 - low, 0.0) / (bound() ** 2 - low))
+    def _is_hopeless(self) -> bool:
+        """Whether it is seen to be wrong, or of no use."""
+        if self.goal is None:
+            return self._bound() > self.limit
+        if self.quick is not self.gram and self.goal < self.best.value <= self.goal * (1 + _DOUBTFUL):
+            self.best = self.best._replace(value=largest_at(self.gram, self.best.theta[None]).value)  # in float64
+        return self.best.value > self.goal
 
-    if not settled():
-        finest = acos(min(above_low(bound() / (1 + rtol)), 1 - 1e-15))
+    def _screened(self) -> Cells | None:
+        """Look for the peak, by a sample and by climbing from it, and choose the first cells; None if no proof is called for."""
+        quick, degree = self.quick, self.degree
+        sample = covering(self.gram, degree, _SAMPLED)
+        squared = torch.cat([norms(quick(p.group, p.centre), steps=KRYLOV_STEPS) for p in in_chunks(quick, sample)])
+        self.best = self.best.or_at(squared, sample)
+        if self._is_hopeless() or self._is_settled():
+            return None
+        if self.rtol < _WITHIN_SAMPLE:
+            highest = sample.at(squared.topk(min(CLIMBERS, len(squared))).indices)
+            self.best = climb(quick, degree, highest, self.best, least=0.0)
+        if self._is_settled():
+            return None
+        bound = self._bound()
+
+        def above_low(norm: float) -> float:
+            """The cosine of the largest angle at which a norm may be that of a cell's centre."""
+            return sqrt(max(norm**2 - self.low, 0.0) / (bound**2 - self.low))
+
+        finest = acos(min(above_low(bound / (1 + self.rtol)), 1 - 1e-15))
         ratios = [above_low(norm) for norm in squared.sqrt().tolist()]
-        cells = covering(gram, degree, _first_angle(ratios, finest, degree.numel()))
-    evaluations = 0
-    budget = max(_CLOSE_CALL_BUDGET // gram.size, _SMALL_CLOSE_CALL_BUDGET // gram.size**2)
-    for _ in range(_MOST_LEVELS):
-        if hopeless():
-            return LatticeNorm(inf, *best)
-        if settled():
-            break
-        evaluations += len(cells.group)
-        if goal is not None and goal < best.value * (1 + rtol) and evaluations > budget:
-            return LatticeNorm(inf, *best)
-        angle = min(angle_of(degree, cells.radius), pi / 2)
-        level = (bound() * cos(angle)) ** 2 + low * sin(angle) ** 2
-        kept = ~proven_below(quick, gram, cells, level, ROUNDING_SHARE * (bound() ** 2 - level))
-        if not kept.any():
-            break
-        cells = cells.at(kept)
-        leaders = cells.at(torch.arange(0, len(cells.group), -(-len(cells.group) // _LEADERS)))
-        best = climb(quick, degree, leaders, best)
-        cells = cells.split()
-    else:
+        return covering(self.gram, degree, _first_angle(ratios, finest, degree.numel()))
+
+    def _proven(self, cells: Cells) -> bool:
+        """Whether no cell is left in which the supremum can exceed the bound, which may rise meanwhile."""
+        gram, degree, evaluations = self.gram, self.degree, 0
+        budget = max(_CLOSE_CALL_BUDGET // gram.size, _SMALL_CLOSE_CALL_BUDGET // gram.size**2)
+        for _ in range(_MOST_LEVELS):
+            if self._is_hopeless():
+                return False
+            if self._is_settled():
+                return True
+            evaluations += len(cells.group)
+            if self.goal is not None and self.goal < self.best.value * (1 + self.rtol) and evaluations > budget:
+                return False
+            angle, bound = min(angle_of(degree, cells.radius), pi / 2), self._bound() ** 2
+            level = bound * cos(angle) ** 2 + self.low * sin(angle) ** 2
+            kept = ~proven_below(self.quick, gram, cells, level, ROUNDING_SHARE * (bound - level))
+            if not kept.any():
+                return True
+            cells = cells.at(kept)
+            leaders = cells.at(torch.arange(0, len(cells.group), -(-len(cells.group) // _LEADERS)))
+            self.best = climb(self.quick, degree, leaders, self.best)
+            cells = cells.split()
         raise RuntimeError("the branch and bound did not end; please report this weight.")
-    if goal is not None:
-        return LatticeNorm(goal, *best)
-    found = largest_at(gram, best.theta[None])
-    return found._replace(upper=max(found.upper, min(max(found.value, best.value) * (1 + rtol), sqrt(high))))
 
 
 def _first_angle(ratios: list[float], finest: float, dims: int) -> float:
