@@ -323,18 +323,25 @@ def groups_inside_stay(rng: Rng) -> Margin:
 
 
 def clip_is_no_farther_than_rescale(rng: Rng) -> Margin:
-    """What `clip` returns is never farther from the original (Frobenius) than what `rescale` returns."""
+    """What `clip` returns is never farther from the original (Frobenius) than what `rescale` returns; of matrices by rounding."""
     layer, op, norm, _, about = _projected(rng)
     max_norm = attacks.level(rng, norm(layer))
     about = f"({max_norm!r}) of {about}"
     near, far = sh.projections.clip(op, max_norm), sh.projections.rescale(op, max_norm)
     weight, exponent = observers.unit_scaled(observers.array(layer.weight))
+    eps = torch.finfo(dtype := layer.weight.dtype).eps
+    is_fine_matrix = prod(op.canonical().shape[3:]) == 1 and dtype in (torch.float32, torch.float64)
+    rounding = 5 * max(eps, 1e-10) * np.linalg.norm(np.ldexp(observers.array(near), -exponent)) if is_fine_matrix else 0.0
     near, far = (np.linalg.norm(np.ldexp(observers.array(w), -exponent) - weight) for w in (near, far))
+    far += rounding
     return Margin(_over(near, far) if near > 1e-14 else -1.0, f"{about}: {near} against {far}, of {np.linalg.norm(weight)}")
 
 
 def clip_of_a_matrix_is_nearest(rng: Rng) -> Margin:
-    """`clip`, `band` and `polar` of a matrix: the nearest one, `U clamp(Σ, low, high) Vᵀ`, to the rounding of its dtype."""
+    """`clip`, `band` and `polar` of a matrix: the nearest one, `U clamp(Σ, low, high) Vᵀ`, to the rounding of its dtype.
+
+    In float64 to 1e-9 of the norm, and as far as float64 knows the singular vectors.
+    """
     dtype = attacks.dtype(rng)
     layer = attacks.linear(rng, dtype, most=pick(rng, [6, 40]))
     max_norm = attacks.level(rng, _norm(layer))
@@ -349,8 +356,10 @@ def clip_of_a_matrix_is_nearest(rng: Rng) -> Margin:
     result = sh.projections.band(op, max_norm, min_norm=low) if low else sh.projections.clip(op, max_norm)
     off = observers.matrix_norm(observers.array(result) - observers.clipped_matrix(weight, low, max_norm)) / unit
     # what is stored is rounded, and so are the directions of a band's lower end
-    digits = max(info.eps, TOLERANCE)
-    room = digits * sqrt(min(weight.shape)) * (4 + (unit / least if low else 0.0))
+    digits = max(info.eps, 1e-9)
+    room = digits * sqrt(min(weight.shape)) * (5 + (unit / least if low else 0.0))
+    # singular vectors are known, by the reference too, as well as those of a matrix that differs by the rounding of its norm
+    room += 1e-14 * (norm / unit) * min(max_norm / least if least else inf, 1.0)
     return Margin(float(off) - room, f"{about}: off by {off}")
 
 

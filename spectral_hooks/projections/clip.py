@@ -19,6 +19,8 @@ from .settle import in_dtype, settled
 
 #: The rounds of convolutions with more channels than this are in float32, if they are no more than these.
 _SINGLE_FROM, _SINGLE_ROUNDS = 32, 8
+#: Only in dtypes as fine as this a clip that rounding has taken farther than scaling is preferred to that; what a proof needs.
+_FINE, _PROVEN = 1e-6, 1e-10
 #: What is measured in float32 may be too large by this.
 _SINGLE_ERROR = 1e-6
 
@@ -28,9 +30,10 @@ _SINGLE_ERROR = 1e-6
 def clip(op: KernelOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tensor:
     """Clip the singular values at `max_norm`: near the closest weight, in Frobenius distance, with `‖A‖₂ ≤ max_norm`.
 
-    For a matrix `W = U Σ Vᵀ`, and for every convolution that is one (a single tap after the polyphase form), exactly the
-    closest: `U min(Σ, c) Vᵀ`. For other convolutions each of `rounds` clips the symbol's singular values on a frequency grid
-    and crops to the kernel's taps (Sedghi, Gupta, Long 2019); the rounds are proximal steps on the dual of
+    For a matrix `W = U Σ Vᵀ`, and for every convolution that is one (a single tap after the polyphase form), the closest,
+    `U min(Σ, c) Vᵀ`, to the rounding of its dtype, in float64 to 1e-9; a bound below 1e-14 of the norm clips singular values that
+    are rounding themselves, and have any vectors. For other convolutions each of `rounds` clips the symbol's singular values on a
+    frequency grid and crops to the kernel's taps (Sedghi, Gupta, Long 2019); the rounds are proximal steps on the dual of
 
         minimize ‖K - K₀‖²  subject to  ‖F(θ)‖₂ ≤ c on the grid.
 
@@ -49,8 +52,8 @@ def clip(op: KernelOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
     Returns:
         A weight of the same shape, dtype and device. Guaranteed: the norm of the returned, stored values is at most `max_norm`
         (certified for matrices, lattice and circular operators, to 1e-5 for others), and they are never farther from the
-        original than `rescale`'s, in half precision too. They are finite; a bound so small that no other weight of the dtype
-        obeys it gives zeros.
+        original than `rescale`'s, in half precision too; a matrix's may be by their rounding. They are finite; a bound so small
+        that no other weight of the dtype obeys it gives zeros.
 
         The very same values, bit for bit, if the norm is already at most `max_norm`: for matrices and circular operators. For
         lattice operators of several taps if it is at most `max_norm / (1 + r)`, with `r` the width of their certificate: 1e-3 for
@@ -84,7 +87,7 @@ def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
     rough = _rough(op, kernel, rounds)
     clipped, peak = clip_kernel(op, kernel.float() if rough else kernel, max_norm / scale, rounds)
     clipped = settled(op, op.from_canonical(clipped.to(kernel)), scale, max_norm)[0]
-    moved = _distances(clipped, op, scale)
+    moved = _distances(clipped, op, scale) - _tie(op, clipped, scale)
     if op.kind == "lattice" or (op.kind != "finite" and op.is_pointwise):
         # the norm is no smaller than the peak, so scaling leaves at most this share; and rounding is monotone, so at least this
         # distance, entry by entry
@@ -95,6 +98,19 @@ def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
     scaled = rescale(op, max_norm)
     nearer = (moved <= _distances(scaled, op, scale)).repeat_interleave(len(scaled) // len(moved)).to(scaled.device)
     return torch.where(nearer.reshape(-1, *(1,) * (scaled.ndim - 1)), clipped, scaled)
+
+
+def _tie(op: KernelOperator, clipped: Tensor, scale: float) -> Tensor | float:
+    """By how much rounding, and the room that is left for it, may have taken a clip over `scale` farther, of every group.
+
+    Where all but one singular value are small, a matrix is hardly nearer than its scaling, which would take these along.
+    """
+    eps = torch.finfo(op.weight.dtype).eps
+    exactly = prod(op.canonical().shape[3:]) == 1 and not (op.is_finite and op.frequency_grid is None)
+    if not exactly or eps > _FINE:
+        return 0.0
+    lengths = torch.linalg.vector_norm((exact(clipped) / scale).unflatten(0, (len(op.canonical()), -1)).flatten(1), dim=1)
+    return 5 * max(eps, _PROVEN) * lengths
 
 
 def _rough(op: KernelOperator, kernel: Tensor, rounds: int) -> bool:

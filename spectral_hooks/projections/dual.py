@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from .frequencies import FrequencyGrid
 _OVERSAMPLING = (6, 4)
 #: How far to go along a correction.
 _STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
-#: Levels so far below the norm are reached by a decomposition: the difference of a matrix and its excess would be rounding.
-_CANCELS = 1e-4
+#: What the clip of a matrix may be off by, relative to the level: as its dtype's rounding, but no more and no less than these.
+_FINEST, _COARSEST = 1e-10, 1e-7
+#: Levels above this share of the norm need no decomposition in any precision.
+_NEAR = 0.1
 
 
 def clip_kernel(
@@ -36,8 +38,10 @@ def clip_kernel(
     if op.is_pointwise:
         level = max_norm / op.lattice_factor
         matrices = kernel.reshape(kernel.shape[:3])
-        excess, peak = few_over(matrices, level) or excess_over(matrices, level)[::2]
-        if bool((level > peak * _CANCELS).all()):
+        goal = min(max(torch.finfo(op.weight.dtype).eps, _FINEST), _COARSEST)
+        excess, peak = few_over(matrices, level, goal) or excess_over(matrices, level)[::2]
+        # squares lose the digits of what is small: relative to the level an eps times the square of the norm over it
+        if bool((level > peak * min(sqrt(torch.finfo(kernel.dtype).eps / goal), _NEAR)).all()):
             return kernel - excess.reshape(kernel.shape), peak
         u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
         return (u * sigma.clamp(max=level).unsqueeze(-2) @ vh).reshape(kernel.shape), peak

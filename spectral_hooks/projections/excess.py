@@ -16,12 +16,18 @@ _LARGE, _FEW, _FEW_RESTARTS = 384, 12, 4
 _PRODUCTS_FROM, _ACCURATE = 32, 5e-5
 
 
-def few_over(matrices: Tensor, level: float) -> tuple[Tensor, Tensor] | None:
-    """The excess of one large matrix that has few singular values above the level, and its norm; None if it has more."""
+def few_over(matrices: Tensor, level: float, tol: float) -> tuple[Tensor, Tensor] | None:
+    """The excess of one large matrix that has few singular values above the level, and its norm; None if it has more.
+
+    Off by `tol` times the level, nearly.
+    """
     if len(matrices) > 1 or min(matrices.shape[1:]) < _LARGE:
         return None
+    # that of a wide random matrix is some 30 times its norm, which is not known yet
+    length = float(torch.linalg.vector_norm(matrices))
+    tol = tol * min(30 * level / length, 1.0) if length else tol
     try:
-        values, left, right = largest(Matrix(matrices[0]), _FEW, above=level, tol=1e-7, max_restarts=_FEW_RESTARTS)
+        values, left, right = largest(Matrix(matrices[0]), _FEW, above=level, tol=tol, max_restarts=_FEW_RESTARTS)
     except RuntimeError:
         return None
     if values[-1] > level:

@@ -334,6 +334,26 @@ def test_matrix_clip_of_a_prescribed_spectrum() -> None:
     torch.testing.assert_close(clipped, u @ torch.diag(values.clamp(max=1.0)) @ v.T, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("share", [0.9, 0.4, 1e-2, 3e-4])
+@pytest.mark.parametrize("rest", [1e-1, 1e-3, 3e-5, 1e-6, 1e-8])
+@pytest.mark.parametrize("shape", [(2, 5), (13, 9), (40, 40), (390, 400)], ids=str)
+def test_matrix_clip_keeps_its_digits(shape: tuple[int, int], rest: float, share: float, dtype: torch.dtype) -> None:
+    """One value far above the others, which stay: scaling, which is as near to rounding, would take them along."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, min(shape), generator=generator, dtype=torch.float64)).Q for n in shape)
+    values = torch.linspace(0.5, 1, min(shape), dtype=torch.float64) * rest
+    values[0] = 1.0
+    weight = ((u * values) @ v.T).to(dtype)
+    clipped = projections.clip(sh.DenseOperator(weight), share).double()
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    off = float(torch.linalg.matrix_norm(clipped - (u * s.clamp(max=share)) @ vh, ord=2))
+    precision = max(torch.finfo(dtype).eps, 1e-10)
+    assert off <= 5 * precision * share + 1e-9 * (dtype == torch.float64) * share
+    scaled = projections.rescale(sh.DenseOperator(weight), share)
+    assert distance(clipped, weight) <= distance(scaled, weight) + 5 * precision * float(clipped.norm())
+
+
 @pytest.mark.parametrize("kernel_size", [(1, 1), (2, 2), (3, 1)])
 def test_a_convolution_that_is_a_matrix_is_clipped_exactly(kernel_size: tuple[int, int]) -> None:
     """One tap after the polyphase form: a 1×1 kernel, and every kernel whose stride is its size (a patch embedding)."""
