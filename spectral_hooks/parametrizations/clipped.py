@@ -21,6 +21,8 @@ from ..operators import as_operator
 from ..operators.base import KernelOperator, is_number
 from ..projections.arguments import check_max_norm
 from ..projections.frequencies import FrequencyGrid
+from ..projections.outside import TOLERANCE
+from .arguments import check_reachable
 from .differentiable import banded_values, excess
 from .following import At, may_follow, start_inside
 from .memory import Memory
@@ -142,6 +144,8 @@ def banded(layer: Layer, max_norm: float = 1.0, *, min_norm: float | None = None
     if not is_number(min_norm) or not 0 <= min_norm <= max_norm:
         raise ValueError(f"`min_norm` must lie in [0, {max_norm}], up to `max_norm`, or be None for that; got {min_norm!r}.")
     op = as_operator(layer)
+    if min_norm:
+        check_reachable("max_norm" if min_norm == max_norm else "min_norm", min_norm, op.dtype)
     if prod(op.canonical().shape[3:]) > 1:
         raise NotImplementedError(
             f"{type(layer).__name__} has overlapping patches: what is raised at every frequency falls again with the crop to the "
@@ -216,7 +220,8 @@ class Clipped(nn.Module):
 def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dtype) -> Tensor:
     """For a canonical kernel of one tap; in `dtype` it is still inside."""
     kernel = op.canonical()
-    high = high / op.lattice_factor
+    # where the dtype has no number for the bound, below its largest is inside too
+    high = min(high / op.lattice_factor, torch.finfo(kernel.dtype).max / 2)
     found = torch.finfo(kernel.dtype).eps * _ROUNDINGS
     rounding = found + (torch.finfo(dtype).eps / 2 if dtype != kernel.dtype else 0.0)
     # of every entry, so by the Frobenius norm at most the root of the rank as much in norm
@@ -227,8 +232,8 @@ def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dty
     inner = min(low * room, high), max(high / room - grain, min(low * room, high))
     # what is half as near to the end stays as it is: a matrix that was moved is not moved again by its rounding
     kept = (
-        sqrt(low * inner[0]) if inner[0] < high else low / room,
-        max(sqrt(high * inner[1]), high / (1 + root * found)) if inner[1] > low else high * room,
+        sqrt(low) * sqrt(inner[0]) if inner[0] < high else low / room,
+        max(sqrt(high) * sqrt(inner[1]), high / (1 + root * found)) if inner[1] > low else high * room,
     )
     moved = banded_values(kernel.flatten(2), *inner, kept=kept, inward=True)
     return op.from_canonical(moved.reshape(kernel.shape)).to(dtype)
