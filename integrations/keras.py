@@ -2,205 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable, Sequence
-from functools import partial
-from importlib.util import find_spec
-from math import prod
-from pathlib import Path
-from typing import Any, Literal, get_args
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, get_args
 
+# before Keras, whose backend it checks
+from .keras_mirror import BoundingConstraint, Kind, gradients_laid, kernel_operator, layer_of
+from .keras_mirror import Kernel as Kernel
+from .keras_mirror import mirror as mirror
+
+# isort: split
+import keras
 import torch
 from torch import Tensor, nn
 
 from spectral_hooks import hooks, projections
-from spectral_hooks.operators import ConvOperator, DenseOperator, KernelOperator, as_operator
-from spectral_hooks.weights.patterns import Patterns, listed, matches
+from spectral_hooks.hooks.settings import shown
+from spectral_hooks.operators.base import is_whole
+from spectral_hooks.weights.patterns import matches
+from spectral_hooks.weights.selection import Split
 
+from .shared import ClipOptions, HookHolder
 
-def _backend() -> str:
-    """The backend that Keras runs on, or would run on: the import of another may fail, and cannot be undone."""
-    if "keras" in sys.modules:
-        return sys.modules["keras"].config.backend()
-    if named := os.environ.get("KERAS_BACKEND"):
-        return named
-    try:
-        settings = Path(os.environ.get("KERAS_HOME", "~/.keras"), "keras.json").expanduser()
-        return json.loads(settings.read_text(encoding="utf-8"))["backend"]
-    except (OSError, ValueError, KeyError):
-        return "tensorflow"
-
-
-if find_spec("keras") is None:
-    raise ImportError("Keras is not installed: pip install 'spectral_hooks[keras]'.")
-if _backend() != "torch":
-    raise ImportError(
-        f"spectral_hooks works with Keras on torch; got the backend {_backend()!r}. Set the environment variable "
-        "KERAS_BACKEND=torch before Keras is imported for the first time."
-    )
-
-import keras  # noqa: E402
-from keras import layers as kl  # noqa: E402
-
-Kind = Literal["dense", "conv", "depthwise", "transposed"]
-
-
-# -- from Keras' kernels to operators ------------------------------------------------------------------------------------
-
-
-def _operator(kernel: Tensor, kind: Kind, strides: Any = 1, dilation_rate: Any = 1, groups: int = 1) -> KernelOperator:
-    """The lattice operator of a kernel as Keras lays it; its weight is a view, so what is written into it is in the kernel."""
-    if kind == "dense":
-        return DenseOperator(kernel.mT)
-    # (*taps, in, out) to (out, in, *taps); transposed ones are (*taps, out, in), and (in, out, *taps) in torch
-    weight = kernel.permute(-1, -2, *range(kernel.ndim - 2))
-    if kind == "depthwise":
-        # (*taps, in, multiplier): a group for each input channel
-        groups = kernel.shape[-2]
-        weight = weight.transpose(0, 1).view(-1, 1, *kernel.shape[:-2])
-    return ConvOperator(weight, stride=strides, dilation=dilation_rate, groups=groups, transposed=kind == "transposed")
-
-
-def _einsum_operator(kernel: Tensor, equation: str) -> KernelOperator:
-    """The matrix of an EinsumDense: the kernel's axes that only the output has, by those that only the input has."""
-    inputs, axes, outputs = equation.replace(" ", "").replace("->", ",").split(",")
-    rows = [i for i, axis in enumerate(axes) if axis in outputs and axis not in inputs]
-    columns = [i for i, axis in enumerate(axes) if axis in inputs and axis not in outputs]
-    if len(rows) + len(columns) < len(axes) or set(inputs) - set(axes) - set(outputs):
-        raise NotImplementedError(f"the equation {equation!r} is more than a product with one matrix.")
-    kernel = kernel.permute(*rows, *columns)
-    try:
-        return DenseOperator(kernel.view(prod(kernel.shape[: len(rows)]), -1))
-    except RuntimeError:
-        raise NotImplementedError(f"the kernel of {equation!r} does not lie in memory as a matrix.") from None
-
-
-def _operators(layer: Any) -> dict[str, KernelOperator]:
-    """The operators of a layer's kernels, by the kernels' names; NotImplementedError says why there are none."""
-    name = type(layer).__name__
-    base = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras."))
-    if any(getattr(type(layer), call, None) is not getattr(base, call, None) for call in ("call", "convolution_op")):
-        raise NotImplementedError(f"{name} has a call of its own, so its kernel may not be the map that it computes.")
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-        raise NotImplementedError(f"LoRA or quantization makes the kernel of this {name} anew in every call.")
-
-    def kernel(attribute: str = "kernel") -> Tensor:
-        value = getattr(layer, attribute).value
-        # an initializer may leave the axes in another order in memory (orthogonal does), and they must flatten without a copy
-        value.data = value.data.contiguous()
-        return value.detach()
-
-    geometry = getattr(layer, "strides", 1), getattr(layer, "dilation_rate", 1)
-    match layer:
-        case kl.Dense():
-            return {"kernel": _operator(kernel(), "dense")}
-        case kl.EinsumDense():
-            return {"kernel": _einsum_operator(kernel(), layer.equation)}
-        case kl.Conv1D() | kl.Conv2D() | kl.Conv3D():
-            return {"kernel": _operator(kernel(), "conv", *geometry, layer.groups)}
-        case kl.Conv1DTranspose() | kl.Conv2DTranspose() | kl.Conv3DTranspose():
-            return {"kernel": _operator(kernel(), "transposed", *geometry)}
-        case kl.DepthwiseConv1D() | kl.DepthwiseConv2D():
-            return {"kernel": _operator(kernel(), "depthwise", *geometry)}
-        case kl.SeparableConv1D() | kl.SeparableConv2D():
-            depthwise = _operator(kernel("depthwise_kernel"), "depthwise", *geometry)
-            return {"depthwise_kernel": depthwise, "pointwise_kernel": _operator(kernel("pointwise_kernel"), "conv")}
-        case kl.SpectralNormalization():
-            raise NotImplementedError("SpectralNormalization rewrites the kernel in every call; take the wrapper off.")
-    recurrent = " Its recurrent_constraint=SpectralClip(...) bounds all gates together."
-    raise NotImplementedError(f"{name} has no operator.{recurrent if hasattr(layer, 'recurrent_constraint') else ''}")
-
-
-class Kernel(nn.Module):
-    """A kernel of a Keras layer as a torch module: `weight` is the same memory, with its axes as torch orders them.
-
-    For a layer that has no operator there is the reason in its place, and its weights are parameters as they are, but for those
-    that a `SpectralClip` of its own constrains and those of embeddings. What does not train in Keras has `requires_grad=False`.
-    """
-
-    def __init__(self, layer: Any, operator: KernelOperator | str, variables: Sequence[Any]) -> None:
-        super().__init__()
-        self.operator = operator
-        # hooks ask for the reason of each layer with weights, and there may be none but in the way that they are kept
-        kernel = torch.empty(0) if isinstance(operator, str) else operator.weight
-        self.weight = nn.Parameter(kernel, requires_grad=any(variable.trainable for variable in variables))
-        free = variables if isinstance(operator, str) and not isinstance(layer, kl.Embedding) else ()
-        for i, variable in enumerate(free):
-            if variable.value.is_floating_point() and not isinstance(variable.constraint, SpectralClip):
-                value = variable.value.detach()
-                self.register_parameter(f"weight_{i}", nn.Parameter(value, requires_grad=variable.trainable))
-        # in a tuple, for a Keras layer is a torch module and would become a part of this one
-        self._layer = (layer,)
-
-    @property
-    def layer(self) -> Any:
-        """The Keras layer."""
-        return self._layer[0]
-
-
-@as_operator.register
-def _kernel_operator(layer: Kernel, input_size: Any = None) -> KernelOperator:
-    if isinstance(layer.operator, str):
-        raise NotImplementedError(layer.operator)
-    if input_size is not None:
-        raise NotImplementedError("`input_size` is not supported for Keras' layers: leave it out for the lattice operator.")
-    return layer.operator.with_weight(layer.weight)
-
-
-def mirror(model: Any) -> nn.Module:
-    """A torch module with a `Kernel` for every kernel of a Keras model or layer, in the model's own memory.
-
-    What acts on the layers of a torch model acts on this: attach a hook to it and to the torch optimizer of your own loop, or
-    measure its modules with `spectral_norm(as_operator(kernel))`. Names are those of the layers, with dots between a model and
-    its parts; a separable convolution has two kernels, `conv.depthwise_kernel` and `conv.pointwise_kernel`.
-
-    Args:
-        model: built: called once, or given an input shape.
-
-    Example:
-        >>> import keras, spectral_hooks as sh
-        >>> model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, strides=2, name="conv")])
-        >>> sh.as_operator(mirror(model).conv).stride
-        (2, 2)
-    """
-    return _mirror(model, {})
-
-
-def _mirror(layer: Any, done: dict[int, nn.Module]) -> nn.Module:
-    if id(layer) in done:
-        return done[id(layer)]
-    # what SpectralNormalization wraps is not for others to write
-    parts = [] if isinstance(layer, kl.SpectralNormalization) else layer._flatten_layers(include_self=False, recursive=False)
-    inherited = {id(weight) for part in parts for weight in part.weights}
-    image = nn.Module()
-    own = [weight for weight in layer.weights if id(weight) not in inherited]
-    if own:
-        try:
-            kernels = {name: Kernel(layer, op, [getattr(layer, name)]) for name, op in _operators(layer).items()}
-        except NotImplementedError as reason:
-            kernels = {"": Kernel(layer, str(reason), own)}
-        if len(kernels) == 1:
-            (image,) = kernels.values()
-        # straight into the dictionary: add_module refuses names that modules have anyway, such as "type"
-        else:
-            image._modules.update(kernels)
-    for part in parts:
-        name = part.name
-        # a subclassed model may give two layers the same name
-        while name in image._modules:
-            name += "_"
-        image._modules[name] = _mirror(part, done)
-    done[id(layer)] = image
-    return image
-
-
-# -- the constraint ------------------------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.saving.register_keras_serializable(package="spectral_hooks")
-class SpectralClip(keras.constraints.Constraint):
+class SpectralClip(BoundingConstraint):
     """Project a layer's kernel after every update: its operator norm stays at most `max_norm`.
 
     A constraint sees the kernel alone. With the defaults it takes the kernel for that of a convolution without strides or
@@ -242,6 +71,10 @@ class SpectralClip(keras.constraints.Constraint):
         hooks.SpectralClip(max_norm, rounds=rounds)  # for its checks
         if kind not in (None, *get_args(Kind)):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, or None; got {kind!r}.")
+        for name, value in (("strides", strides), ("dilation_rate", dilation_rate), ("groups", groups)):
+            each = value if isinstance(value, (tuple, list)) and name != "groups" else (value,)
+            if not all(is_whole(number) and number > 0 for number in each):
+                raise ValueError(f"`{name}` must be positive whole numbers, as the layer has them; got {value!r}.")
         self.max_norm, self.kind, self.rounds = max_norm, kind, rounds
         self.strides, self.dilation_rate, self.groups = strides, dilation_rate, groups
 
@@ -253,7 +86,7 @@ class SpectralClip(keras.constraints.Constraint):
         if kernel.ndim < 2:
             raise ValueError(f"SpectralClip constrains kernels, of two axes or more; got {w!r}.")
         kind = self.kind or ("dense" if kernel.ndim == 2 else "conv")
-        op = _operator(kernel, kind, self.strides, self.dilation_rate, self.groups)
+        op = kernel_operator(kernel, kind, self.strides, self.dilation_rate, self.groups)
         try:
             op.weight.copy_(projections.clip(op, self.max_norm, rounds=self.rounds))
         except ValueError as error:
@@ -265,38 +98,108 @@ class SpectralClip(keras.constraints.Constraint):
         return {name: getattr(self, name) for name in names}
 
 
-# -- the callback --------------------------------------------------------------------------------------------------------
-
-
-class HookCallback(keras.callbacks.Callback):
-    """Keras' events as those of a hook: started when training starts, called after every update of the weights.
+class HookCallback(HookHolder, keras.callbacks.Callback):
+    """Keras' events as those of a hook: when training starts, around every update, and wherever other weights are put in.
 
     Updates are those that the model's optimizers count: neither the micro-steps of gradient accumulation nor steps that loss
-    scaling skips. `before_step` is never called, for Keras has no event between the gradients and the update.
+    scaling skips. Before each the hook finds the gradients, as Keras has clipped them, on the kernels of the `mirror`; what it
+    makes of them is what the optimizer gets. With `every=1` the hook also brings in order what averages put into the model.
+    What the hook measures goes to each epoch's logs, and so to the `History`, on average over the epoch's actions. Keras saves no
+    state of callbacks: what `hook.state_dict()` gives is to be saved by hand, and given to `hook.load_state_dict` before `fit`.
 
     Args:
-        hook: a `spectral_hooks.hooks.Hook`; it sees the `mirror` of the model, and `training=True`.
+        hook: any `spectral_hooks.hooks.Hook`; it sees the `mirror` of the model, and `training=True`. Types and predicates among
+            its patterns are asked about Keras' layers from now on.
     """
 
-    def __init__(self, hook: Any) -> None:
+    def __init__(self, hook: hooks.Hook) -> None:
         super().__init__()
+        hook.layers, hook.exclude = _of_keras("layers", hook.layers), _of_keras("exclude", hook.exclude)
+        if hook.split is not None:
+            hook.split = dict(zip(_of_keras("split", list(hook.split)), hook.split.values(), strict=True))
         self.hook = hook
         self._updates = 0
+        self._training = False
+        self._measured: list[dict[str, float]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._updates = self._count()
+        self._release()  # a training that an error has ended left it
+        self._training, self._updates, image = True, self._count(), mirror(self.model)
+        self._measured.clear()
         self.hook.training = True  # leave frozen layers as they are
-        self.hook.start(mirror(self.model))
+        self.hook.start(image)
+        if type(self.hook).before_step is not hooks.Hook.before_step:
+            for optimizer in self._optimizers():
+                self._listen(getattr(optimizer, "inner_optimizer", optimizer), image)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         before, self._updates = self._updates, self._count()
-        if self._updates != before:
-            self.hook.after_step()
+        if self._updates == before:
+            # averages may be written at micro-steps too, and a train_step may hold an optimizer elsewhere
+            self._finish()
+            return
+        self.hook.after_step()
+        if self.hook.step % self.hook.every == 0 and (measured := self.hook.metrics()):
+            self._measured.append(measured)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if logs is not None and self._measured:
+            names = dict.fromkeys(name for each in self._measured for name in each)
+            logs |= {name: self.of_epoch(name, [each[name] for each in self._measured if name in each]) for name in names}
+        self._measured.clear()
+        self._finish()
+
+    # BackupAndRestore and SwapEMAWeights have put other weights into the model by now; a weight inside stays bit for bit
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._finish()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._finish()
+
+    # after the optimizer's averages have become the model
+    def on_train_end(self, logs: Any = None) -> None:
+        self.hook.finish()
+        self._training = False
+        self._release()
+
+    def of_epoch(self, name: str, values: list[float]) -> float:
+        """What the logs of an epoch say of what was measured in it."""
+        return fmean(values)
+
+    def _finish(self) -> None:
+        # with every > 1 it would make training depend on when it is validated
+        if self._training and self.hook.every == 1:
+            self.hook.finish()
+
+    def _optimizers(self) -> list[Any]:
+        # a model with a train_step of its own may hold several
+        return [each for each in vars(self.model).values() if isinstance(each, keras.optimizers.Optimizer)]
 
     def _count(self) -> int:
-        # a model with a train_step of its own may hold several
-        optimizers = [each for each in vars(self.model).values() if isinstance(each, keras.optimizers.Optimizer)]
-        return sum(int(keras.ops.convert_to_numpy(each.iterations)) for each in optimizers)
+        return sum(int(keras.ops.convert_to_numpy(each.iterations)) for each in self._optimizers())
+
+    def _listen(self, optimizer: Any, image: nn.Module) -> None:
+        """Be called right before a real update, gradients in hand: Keras has no event there."""
+        plain = optimizer._backend_update_step
+
+        @torch.compiler.disable
+        def before(gradients: Sequence[Tensor], variables: Sequence[Any]) -> list[Tensor]:
+            contiguous = [gradient.contiguous() for gradient in gradients]
+            with gradients_laid(image, {id(variable): each for variable, each in zip(variables, contiguous, strict=True)}):
+                self.hook.before_step()
+            return contiguous
+
+        def update(gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Any) -> None:
+            plain(before(gradients, variables), variables, learning_rate)
+
+        optimizer._backend_update_step = update
+        self._undo.append(lambda: vars(optimizer).pop("_backend_update_step", None))
+
+    def _release(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
 
 
 class SpectralClipCallback(HookCallback):
@@ -310,15 +213,21 @@ class SpectralClipCallback(HookCallback):
     Guaranteed: the bound holds when training starts, after every `every`-th update, and in the model that `fit` leaves,
     averages of `use_ema=True` included. With `every=1` it also holds for the averages that `ema_overwrite_frequency` and
     `SwapEMAWeights` put into the model. Keras saves no state of callbacks: a run that is loaded and continued equals an
-    uninterrupted one with `slack=0`, else within the slack.
+    uninterrupted one with `slack=0`, or if `hook.load_state_dict` gets the `hook.state_dict()` of before; else within the slack.
 
     Args:
-        max_norm, every, rounds, projection, slack, schedule: as for `spectral_hooks.SpectralClip`.
+        max_norm, every, rounds, projection, slack, schedule, batch_norm, distribute: as for `spectral_hooks.SpectralClip`.
         layers, exclude: likewise; types and predicates are those of Keras' layers, and globs match their names, with dots between
             a model and its parts.
+        split: likewise, for `Dense` and `EinsumDense` layers: the parts of their outputs, of several axes one after another.
+        lora: is refused. A layer after `enable_lora()` makes its kernel anew in every call, and is left out.
         log: add to each epoch's logs, and so to the `History`, `spectral_clip/norm_before` (the largest norm of a constrained
-            layer that an update has led to, before clipping) and `spectral_clip/clipped` (how many kernels were clipped, on
-            average over the updates); costs a certified norm of every layer after every update.
+            layer that an update has led to, before clipping) and `spectral_clip/clipped` (how many weights were clipped, on
+            average over the projections); costs a certified norm of every layer at every projection.
+
+    Raises:
+        NotImplementedError: `lora` is given.
+        ValueError, TypeError: as for `spectral_hooks.SpectralClip`.
 
     Example:
         >>> import keras
@@ -327,77 +236,34 @@ class SpectralClipCallback(HookCallback):
         >>> history = model.fit(x, y, callbacks=[clip])  # doctest: +SKIP
     """
 
-    hook: hooks.SpectralClip
+    def __init__(self, max_norm: float = 1.0, *, split: Split = None, **options: Unpack[ClipOptions]) -> None:
+        if "lora" in options:
+            raise NotImplementedError(
+                f"`lora` has no meaning in Keras; got {options['lora']!r}: leave it away. A layer after enable_lora() makes its "
+                "kernel anew in every call, so it is left out, and `skipped` says so."
+            )
+        super().__init__(hooks.SpectralClip(max_norm, split=split, **options))
 
-    def __init__(
-        self,
-        max_norm: float = 1.0,
-        *,
-        layers: Patterns = None,
-        exclude: Patterns = None,
-        every: int = 1,
-        rounds: int = 3,
-        projection: str | projections.Projection = "clip",
-        slack: float = 0.08,
-        schedule: Callable[[int], float] | None = None,
-        log: bool = False,
-    ) -> None:
-        layers, exclude = _of_keras("layers", layers), _of_keras("exclude", exclude)
-        options: dict[str, Any] = {"projection": projection, "slack": slack, "schedule": schedule, "record": log}
-        super().__init__(hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, **options))
-        self._seen: list[tuple[float, int]] = []
-        self._training = False
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """For each layer with weights that is not constrained, why."""
-        return self.hook.skipped
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        super().on_train_begin(logs)
-        self._training = True
-        self._seen.clear()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        step = self.hook.step
-        super().on_train_batch_end(batch, logs)
-        if self.hook.step == step:
-            # no update was seen; but averages may be written at micro-steps too, and a train_step may hold an optimizer elsewhere
-            self._project()
-        elif self.hook.largest_norm is not None:
-            self._seen.append((self.hook.largest_norm, self.hook.clipped))
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if logs is not None and self._seen:
-            norms, clipped = zip(*self._seen, strict=True)
-            logs |= {"spectral_clip/norm_before": max(norms), "spectral_clip/clipped": sum(clipped) / len(clipped)}
-        self._seen.clear()
-        self._project()
-
-    # BackupAndRestore and SwapEMAWeights have put other weights into the model by now; a weight inside stays bit for bit
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._project()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self._project()
-
-    # after the optimizer's averages have become the model
-    def on_train_end(self, logs: Any = None) -> None:
-        self.hook.project()
-        self._training = False
-
-    def _project(self) -> None:
-        # with every > 1 it would make training depend on when it is validated
-        if self._training and self.hook.every == 1:
-            self.hook.project()
+    def of_epoch(self, name: str, values: list[float]) -> float:
+        return max(values) if name == "spectral_clip/norm_before" else fmean(values)
 
 
-def _of_keras(argument: str, patterns: Patterns) -> Patterns:
-    """Patterns for the mirror: types and predicates are asked about the Keras layer."""
+class _OfKeras:
+    """A type or a predicate, asked about the Keras layer that a module of the mirror stands for."""
+
+    def __init__(self, argument: str, pattern: Any) -> None:
+        self.argument, self.pattern = argument, pattern
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        layer = layer_of(module)
+        return layer is not None and matches(self.argument, self.pattern, name, layer)
+
+    def __repr__(self) -> str:
+        return shown(self.pattern)
+
+
+def _of_keras(argument: str, patterns: Sequence[Any] | None) -> Any:
+    """Patterns for the mirror; globs, and what is for it already, as they are."""
     if patterns is None:
         return None
-    return [pattern if isinstance(pattern, str) else partial(_matches_layer, argument, pattern) for pattern in listed(patterns)]
-
-
-def _matches_layer(argument: str, pattern: Any, name: str, module: nn.Module) -> bool:
-    return isinstance(module, Kernel) and matches(argument, pattern, name, module.layer)
+    return [each if isinstance(each, (str, _OfKeras)) else _OfKeras(argument, each) for each in patterns]

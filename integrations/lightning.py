@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spectral_hooks import hooks
-from spectral_hooks.weights.patterns import Patterns
+from spectral_hooks.weights.selection import Split
+
+from .shared import ClipOptions, HookHolder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -32,25 +37,31 @@ _Callback: Any = type("_Callback", _callback_classes(), {})
 _OWN_COPIES = {"DeepSpeedStrategy", "FSDPStrategy"}
 
 
-class HookCallback(_Callback):
-    """Lightning's events as those of a hook: started when training starts, called at every real optimizer step.
+class HookCallback(HookHolder, _Callback):
+    """Lightning's events as those of a hook: started when training starts, called around every real optimizer step.
 
     The hook is installed on the trainer's optimizers, so gradient accumulation, manual optimization, several optimizers, LBFGS
     and steps that loss scaling skips are seen as they are. Every fit starts from the state that the hook was given in, or from
-    that of the checkpoint which it resumes.
+    that of the checkpoint which it resumes; a run that is resumed with other settings says so. With `every=1` the hook also
+    brings in order what other callbacks do to weights between steps (pruning, averaging), wherever they stand in the list,
+    before it is validated or saved; in any case what `fit` leaves.
+
+    What the hook measures (its option `log`) at the last step goes to `trainer.callback_metrics`, and to the loggers at the
+    Trainer's `log_every_n_steps` where it has acted since.
 
     Args:
-        hook: a `spectral_hooks.hooks.Hook` that also has `attach`, `state_dict` and `load_state_dict`.
+        hook: any `spectral_hooks.hooks.Hook`; its `repr` is the `state_key`.
 
     Raises:
         NotImplementedError: at the start of a fit, the strategy trains on copies of its own (DeepSpeed, the old FSDP).
     """
 
-    def __init__(self, hook: Any) -> None:
+    def __init__(self, hook: hooks.Hook) -> None:
         super().__init__()
         self.hook = hook
         self._initial = hook.state_dict()
         self._handle: hooks.Handle | None = None
+        self._logged = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # settings and progress; neither the hooks on the optimizers nor the model, whose `log` the trainer puts here
@@ -89,6 +100,46 @@ class HookCallback(_Callback):
     # by now the checkpoint is restored and the optimizers exist; no later event covers the first weights
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._handle = self.hook.attach(pl_module, trainer.optimizers)
+        self._logged = self._actions()
+
+    # As Lightning's own callbacks log: what `self.log` is given once goes to the loggers again with every batch until the next
+    # value, those of accumulated gradients and between two actions included.
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._actions() == self._logged or not (metrics := self.hook.metrics()):
+            return
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        if trainer._logger_connector.should_update_logs:
+            self._logged = self._actions()
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _actions(self) -> int:
+        """How many steps the hook has acted after."""
+        return self.hook.step // self.hook.every
+
+    # Pruning and averaging change weights at these events, before or after this callback as the user has listed them. A weight
+    # inside stays bit for bit; with every > 1 acting here would make training depend on when it is validated and saved.
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(final=False)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(final=False)
+
+    # the checkpoint's tensors are those of the model
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._finish(final=False)
+
+    # with every > 1 the hook may not have acted after the last steps; before the last checkpoint is written
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(final=True)
+
+    # after all callbacks' on_train_end, where averages become the model
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(final=True)
+
+    def _finish(self, final: bool) -> None:
+        if self._handle is not None and (final or self.hook.every == 1):
+            self.hook.finish()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._remove()
@@ -111,10 +162,14 @@ class SpectralClip(HookCallback):
     (pruning, averaging).
 
     Args:
-        max_norm, layers, exclude, every, rounds, and further options: as for `spectral_hooks.SpectralClip`.
+        max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, split, lora, distribute: as for
+            `spectral_hooks.SpectralClip`.
         log: send `spectral_clip/norm_before` (the largest norm of all layers before clipping) and `spectral_clip/clipped` (how
             many were clipped) of the last projection to `trainer.callback_metrics`, and to the loggers at the Trainer's
-            `log_every_n_steps` where there was a projection since; costs a certified norm of every layer at every step.
+            `log_every_n_steps` where there was a projection since; costs a certified norm of every layer at every projection.
+
+    Raises:
+        ValueError, TypeError: as for `spectral_hooks.SpectralClip`.
 
     Example:
         >>> from spectral_hooks.integrations.lightning import SpectralClip
@@ -122,67 +177,5 @@ class SpectralClip(HookCallback):
         >>> trainer = Trainer(max_epochs=1, callbacks=[SpectralClip(1.0, exclude="head")])  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        max_norm: float = 1.0,
-        *,
-        layers: Patterns = None,
-        exclude: Patterns = None,
-        every: int = 1,
-        rounds: int = 3,
-        log: bool = False,
-        **options: Any,
-    ) -> None:
-        clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, record=log, **options)
-        super().__init__(clip)
-        self.logs = log
-        self._logged = 0
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """For each layer with weights that is not constrained, why."""
-        return self.hook.skipped
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._logged = self._projections()
-
-    # As Lightning's own callbacks log: what `self.log` is given once goes to the loggers again with every batch until the next
-    # value, those of accumulated gradients and between two projections included.
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self.logs or self._projections() == self._logged:
-            return
-        metrics = {"spectral_clip/norm_before": self.hook.largest_norm, "spectral_clip/clipped": float(self.hook.clipped)}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        if trainer._logger_connector.should_update_logs:
-            self._logged = self._projections()
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-    def _projections(self) -> int:
-        """How many steps have been followed by a projection."""
-        return self.hook.step // self.hook.every
-
-    # Pruning and averaging change weights at these events, before or after this callback as the user has listed them. A weight
-    # inside stays bit for bit; with every > 1 projecting here would make training depend on when it is validated and saved.
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._project(final=False)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._project(final=False)
-
-    # the checkpoint's tensors are those of the model
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._project(final=False)
-
-    # with every > 1 the last steps may not have been projected; before the last checkpoint is written
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._project(final=True)
-
-    # after all callbacks' on_train_end, where averages become the model
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self._project(final=True)
-
-    def _project(self, final: bool) -> None:
-        if self._handle is not None and (final or self.hook.every == 1):
-            self.hook.project()
+    def __init__(self, max_norm: float = 1.0, *, split: Split = None, **options: Unpack[ClipOptions]) -> None:
+        super().__init__(hooks.SpectralClip(max_norm, split=split, **options))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
 import torch
 
 from spectral_hooks import as_operator, hooks
-from spectral_hooks.weights.patterns import Patterns
-from spectral_hooks.weights.selection import Split
+from spectral_hooks.weights.patterns import Pattern
+from spectral_hooks.weights.selection import Parts, Split
+
+from .shared import ClipOptions, HookHolder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 try:
     from transformers import TrainerCallback
@@ -27,26 +32,40 @@ _OWN_COPIES = {"FullyShardedDataParallel", "XlaFullyShardedDataParallel", "DeepS
 _FUSED = {"gpt2": "c_attn", "imagegpt": "c_attn", "decision_transformer": "c_attn", "modernbert": "Wqkv", "mpt": "Wqkv"}
 
 
-class HookCallback(TrainerCallback):
+class HookCallback(HookHolder, TrainerCallback):
     """The Trainer's events as those of a hook: when training begins, right before and right after every update.
 
     The hook is attached to the Trainer's optimizer, whatever `optim=` makes it: it counts its steps, without those that loss
     scaling skips, and meets what the optimizer keeps of the weights elsewhere (schedule-free ones). Where the Trainer names no
-    optimizer its events are enough. Checkpoints get a file of what the hook knows, as large as the weights. A run that is
-    resumed from a checkpoint in its own `output_dir` goes on from that; from one elsewhere it counts on from the Trainer's global
-    step. DeepSpeed and the old FSDP, which train on copies of the weights, are a NotImplementedError at the start.
+    optimizer its events are enough. DeepSpeed and the old FSDP, which train on copies of the weights, are a NotImplementedError
+    at the start.
+
+    Every checkpoint gets a file of what the hook knows (of a `SpectralClip`, as large as the weights). A run that is resumed with
+    the same settings from a checkpoint in its own `output_dir` goes on from that. One from a checkpoint elsewhere, from one with
+    `save_only_model` or with other settings counts on from the Trainer's global step and knows nothing else, and INFO says so.
+
+    What the hook measures (its option `log`) goes to the Trainer's logs, and for every action to `history`. Reporters
+    (TensorBoard, W&B) run before what stands in `callbacks=`: for them use `add_to`.
 
     Args:
-        hook: a `spectral_hooks.hooks.Hook` that also has `attach`, `state_dict` and `load_state_dict`; its `repr` names its file.
+        hook: any `spectral_hooks.hooks.Hook`; the `repr`, which has its settings, names the file.
     """
 
-    def __init__(self, hook: Any) -> None:
+    def __init__(self, hook: hooks.Hook) -> None:
         self.hook = hook
+        self.history: list[dict[str, float]] = []
         self._handle: hooks.Handle | None = None
+        self._step = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # settings and progress, without the hooks on the optimizer
         return self.__dict__ | {"_handle": None}
+
+    def add_to(self, trainer: Any) -> HookCallback:
+        """Make this the first callback of a Trainer, so that its metrics are in the logs when the reporters read them."""
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
@@ -56,12 +75,16 @@ class HookCallback(TrainerCallback):
                 f"{found.pop()} trains on copies of the weights: what is written to a layer is lost. {remedy}"
             )
         self._remove()  # a training that an error has ended left it
+        self.history.clear()
         self.hook.load_state_dict(self._saved(args, state) or {"step": state.global_step})
         if optimizer is not None:
             self._handle = self.hook.attach(model, optimizer)
         else:
             self.hook.training = True
             self.hook.start(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = self.hook.step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._handle is None:
@@ -72,12 +95,28 @@ class HookCallback(TrainerCallback):
         if self._handle is None:
             self.hook.after_step()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # not for a step that loss scaling has skipped
+        acted = self.hook.step > self._step and self.hook.step % self.hook.every == 0
+        if acted and (measured := self.hook.metrics()):
+            self.history.append({"step": state.global_step} | measured)
+        # with every > 1 the hook may not have acted after the last steps; before the last checkpoint
+        if self.hook.every > 1 and (control.should_training_stop or state.global_step >= state.max_steps):
+            self.hook.finish()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.history and "loss" in logs:
+            for each in (logs, state.log_history[-1]):
+                each.update({key: value for key, value in self.history[-1].items() if key != "step"})
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         file = self._file(args, state)
         if args.should_save and not args.save_only_model and file.parent.is_dir():
             torch.save(self.hook.state_dict(), file)
 
+    # the best checkpoint may have become the model
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.finish()
         self._remove()
 
     def _saved(self, args: Any, state: Any) -> dict[str, Any] | None:
@@ -91,7 +130,7 @@ class HookCallback(TrainerCallback):
         return None
 
     def _file(self, args: Any, state: Any) -> Path:
-        name = f"spectral_hooks-{crc32(repr(self.hook).encode()):08x}.pt"
+        name = f"spectral_hooks-{crc32(repr(self).encode()):08x}.pt"
         return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
 
     def _remove(self) -> None:
@@ -105,95 +144,63 @@ class SpectralClip(HookCallback):
 
     Guaranteed: the bound holds when training begins, after every `every`-th update, in the last checkpoint and in the model that
     `train` leaves; with `every=1` in every checkpoint (PEFT's hold adapters only, to be laid on the projected model).
-    A run that is resumed from a checkpoint in its own `output_dir` equals an uninterrupted one bit for bit; from one elsewhere so
-    do models of linear layers alone, or with `slack=0`, and others are within the slack. Frozen weights are left as they are.
+    A run that is resumed with the same settings from a checkpoint in its own `output_dir` equals an uninterrupted one bit for
+    bit. One from elsewhere, or with `save_only_model`, does not know the weights that were certified before: with linear layers
+    alone, or with `slack=0`, it equals the uninterrupted one too; with others it is within the slack. Frozen weights are left as
+    they are.
 
     Args:
-        max_norm, layers, exclude, every, rounds, and further options: as for `spectral_hooks.SpectralClip`.
-        split_qkv: fused projections of query, key and value (GPT-2's `c_attn`) are bounded whole if False, each of the three by
-            itself if True, each head of each if "heads". Where the layout is not known here, a mapping from patterns to the
-            number of equal parts or their sizes: `{"*.query_key_value": 3 * heads}`.
+        max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, distribute: as for
+            `spectral_hooks.SpectralClip`.
+        split: fused projections of query, key and value (GPT-2's `c_attn`) are bounded whole if None or False, each of the three
+            by itself if True, each head of each if "heads". Where the layout is not known here, a mapping from patterns to the
+            number of equal parts or their sizes, as for `spectral_hooks.SpectralClip`: `{"*.query_key_value": 3 * heads}`.
         lora: "merged" bounds base + scaling · B A by way of B; a base weight that alone exceeds the bound is projected at the
             start, though frozen. "product" bounds scaling · B A and leaves the base.
-        log: measure at every update, at the cost of a certified norm of every layer: `spectral_clip/norm_before` (the largest
+        log: measure at every projection, at the cost of a certified norm of every layer: `spectral_clip/norm_before` (the largest
             before clipping) and `spectral_clip/clipped` (how many were clipped) go to the Trainer's logs, and for every
             projection to `history`. Reporters (TensorBoard, W&B) run before what stands in `callbacks=`: for them use `add_to`.
 
+    Raises:
+        ValueError, TypeError: as for `spectral_hooks.SpectralClip`; when training begins, `split` is True or "heads" and the
+            layout of the model is not known.
+
     Example:
         >>> from spectral_hooks.integrations.transformers import SpectralClip
-        >>> trainer = transformers.Trainer(model, args, callbacks=[SpectralClip(1.0, split_qkv=True)])  # doctest: +SKIP
+        >>> trainer = transformers.Trainer(model, args, callbacks=[SpectralClip(1.0, split=True)])  # doctest: +SKIP
     """
 
+    hook: hooks.SpectralClip
+
     def __init__(
-        self,
-        max_norm: float = 1.0,
-        *,
-        layers: Patterns = None,
-        exclude: Patterns = None,
-        every: int = 1,
-        rounds: int = 3,
-        split_qkv: bool | str | Split = False,
-        lora: str = "merged",
-        log: bool = False,
-        **options: Any,
+        self, max_norm: float = 1.0, *, split: Split | bool | Literal["heads"] = None, **options: Unpack[ClipOptions]
     ) -> None:
-        known = split_qkv in (False, True, "heads")
-        options |= {"split": None if known else split_qkv, "lora": lora, "record": log}
-        clip = hooks.SpectralClip(max_norm, layers=layers, exclude=exclude, every=every, rounds=rounds, **options)
-        super().__init__(clip)
-        self.split_qkv, self.logs = split_qkv if known else False, log
-        self.history: list[dict[str, float]] = []
-        self._step = 0
+        if isinstance(split, str) and split != "heads":
+            raise ValueError(f"`split` must be True, 'heads', None or a mapping like {{'*.qkv': 3}}; got {split!r}.")
+        super().__init__(hooks.SpectralClip(max_norm, split=None if isinstance(split, (bool, str)) else split, **options))
+        self.split = split
 
-    @property
-    def skipped(self) -> dict[str, str]:
-        """For each layer with weights that is not constrained, why."""
-        return self.hook.skipped
-
-    def add_to(self, trainer: Any) -> SpectralClip:
-        """Make this the first callback of a Trainer, so that its metrics are in the logs when the reporters read them."""
-        handler = trainer.callback_handler
-        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
-        return self
+    def __repr__(self) -> str:
+        fused = f", split={self.split!r})" if self.split in (True, "heads") else ")"
+        return super().__repr__().removesuffix(")") + fused
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.split_qkv:
-            self.hook.split = fused_projections(kwargs["model"], per_head=self.split_qkv == "heads")
+        given = self.hook.split
+        if self.split in (True, "heads"):
+            self.hook.split = fused_projections(kwargs["model"], per_head=self.split == "heads")
         frozen = {p: p._version for p in kwargs["model"].parameters() if not p.requires_grad}
         super().on_train_begin(args, state, control, **kwargs)
-        self.history.clear()
+        self.hook.split = given  # it is a setting; the parts are those of this model
         changed = sum(p._version != version for p, version in frozen.items())
         if changed and hasattr(kwargs["model"], "peft_config"):
             what = f"{changed} frozen weights exceeded {self.hook.max_norm} by themselves and were projected."
             remedy = "PEFT's checkpoints do not hold them: save the merged model (merge_and_unload), or the base model as well."
             warnings.warn(f"{what} {remedy}", stacklevel=2)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = self.hook.step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # not for a step that loss scaling has skipped
-        if self.logs and self.hook.step > self._step and self.hook.step % self.hook.every == 0:
-            measured = {"spectral_clip/norm_before": self.hook.largest_norm, "spectral_clip/clipped": float(self.hook.clipped)}
-            self.history.append({"step": state.global_step} | measured)
-        # with every > 1 the last steps may not have been projected; before the last checkpoint
-        if self.hook.every > 1 and (control.should_training_stop or state.global_step >= state.max_steps):
-            self.hook.project()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.history and "loss" in logs:
-            for each in (logs, state.log_history[-1]):
-                each.update({key: value for key, value in self.history[-1].items() if key != "step"})
-
-    # the best checkpoint may have become the model
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hook.project()
-        super().on_train_end(args, state, control, **kwargs)
-
-
-def fused_projections(model: Any, per_head: bool = False) -> dict[str, list[int]]:
+def fused_projections(model: Any, per_head: bool = False) -> dict[Pattern, Parts]:
     """The output sizes of query (unless in cross-attention), key and value, or of each of their heads, by layer."""
-    split: dict[str, list[int]] = {}
+    split: dict[Pattern, Parts] = {}
     for prefix, part in model.named_modules():
         config: Any = getattr(part, "config", None)
         fused = _FUSED.get(getattr(config, "model_type", ""))
@@ -203,5 +210,5 @@ def fused_projections(model: Any, per_head: bool = False) -> dict[str, list[int]
                 split[name.replace("_orig_mod.", "")] = [size] * (as_operator(layer).out_shape[0] // size)
     if not split:
         known, got = ", ".join(_FUSED), type(model).__name__
-        raise ValueError(f"`split_qkv` knows {known}; got {got}: give layers and parts yourself, like split_qkv={{'*.qkv': 3}}.")
+        raise ValueError(f"`split` knows {known}; got {got}: give layers and parts yourself, like split={{'*.qkv': 3}}.")
     return split

@@ -175,10 +175,24 @@ class _Installed:
             self._wrap(level, "step", self._around_bottom)
             return
 
-        # a compiled optimizer step must not trace into the projection
+        # a compiled optimizer step must not trace into what the hook does; a compiled model in a closure stays compiled
         @torch.compiler.disable
-        def before(*_: Any) -> None:
+        def ready() -> None:
             self.handle.hook.before_step()
+
+        def closed(closure: Callable[[], Any]) -> Any:
+            result = closure()
+            ready()
+            return result
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                ready()
+                return None
+            # it makes the gradients within the step, those of LBFGS several times
+            closure = partial(closed, closure)
+            return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
 
         @torch.compiler.disable
         def after(*_: Any) -> None:

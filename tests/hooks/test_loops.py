@@ -125,3 +125,30 @@ def test_ignite(accumulate) -> None:
     assert_inside(model, norms, steps=8 // accumulate)
     assert clip.step == 8 // accumulate
     assert not handle.attached
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_before_step_comes_when_a_closure_has_made_the_gradients(kind, by_name) -> None:
+    """Of LBFGS each time that it asks for them."""
+    layer, x, seen, calls = torch.nn.Linear(3, 3), torch.randn(5, 3), [], []
+
+    class Sees(sh.SpectralClip):
+        def before_step(self) -> None:
+            seen.append(layer.weight.grad.clone())
+            layer.weight.grad.zero_()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        calls.append(layer.weight.grad.clone())
+        return loss
+
+    optimizer = kind(layer.parameters(), lr=0.1)
+    with Sees(10.0).attach(layer, optimizer):
+        before = layer.weight.detach().clone()
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert torch.equal(layer.weight, before), "what it makes of them is what the optimizer gets"
+    assert len(seen) == len(calls) >= (2 if kind is torch.optim.LBFGS else 1)
+    assert all(torch.equal(one, two) for one, two in zip(seen, calls, strict=True))

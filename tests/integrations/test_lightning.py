@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+import typing
 import warnings
 from functools import partial
 from itertools import product
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import OPTIONS, WRONG, Counting
 from torch import Tensor, nn
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -24,7 +26,9 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from spectral_hooks.integrations.lightning import SpectralClip  # noqa: E402
+import spectral_hooks as sh  # noqa: E402
+from spectral_hooks.integrations.lightning import HookCallback, SpectralClip  # noqa: E402
+from spectral_hooks.integrations.shared import ClipOptions  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -36,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fp16 is not supported on CPU.*"),
 ]
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 
 #: Lightning has them from 2.6 on.
 EMAWeightAveraging, WeightAveraging = (getattr(pl_callbacks, f"{name}WeightAveraging", None) for name in ("EMA", ""))
@@ -463,7 +467,7 @@ def test_a_resumed_run_with_other_settings_says_so(tmp_path) -> None:
     loader, settings = data(batches=3, same=True), {"max_epochs": 2, "enable_checkpointing": True}
     fit(WithMomentum(), SpectralClip(2.0), checkpoints(tmp_path), loader=loader, **settings)
     path = str(tmp_path / "step=3.ckpt")
-    changed = r"saved with SpectralClip\(2\.0,.* goes on with SpectralClip\(0\.5,.*from the first step on"
+    changed = r"saved with SpectralClip\(2\.0\),.* goes on with SpectralClip\(0\.5\):.*from the first step on"
     with pytest.warns(UserWarning, match=changed):
         _, watch = fit(WithMomentum(), SpectralClip(0.5), loader=loader, ckpt_path=path, **settings)
     assert max(watch.at_start, *watch.norms) <= 0.5 * (1 + TOLERANCE)
@@ -686,6 +690,90 @@ def test_copy_made_in_the_middle_of_a_fit_is_detached() -> None:
     assert_inside(watch, steps=8)
     assert copies.copy._handle is None
     fit(Module(), copies.copy)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_reaches_the_hook_under_its_name(name) -> None:
+    option = {name: OPTIONS[name]}
+    callback, core = SpectralClip(**option), sh.SpectralClip(**option)
+    assert getattr(callback.hook, name) == getattr(core, name) != getattr(sh.SpectralClip(), name)
+    assert repr(callback) == callback.state_key == repr(core) != repr(SpectralClip())
+
+
+@pytest.mark.parametrize(("option", "error"), [*WRONG, ({"lora": "product2"}, ValueError)])
+def test_options_are_checked_in_the_constructor(option, error) -> None:
+    with pytest.raises(error, match=f"`?{next(iter(option))}"):
+        SpectralClip(**option)
+
+
+def test_checkers_know_the_same_options() -> None:
+    """The names that type checkers and editors offer are those of the core."""
+    assert typing.get_type_hints(ClipOptions).keys() == OPTIONS.keys() - {"max_norm", "split"}
+
+
+# -- any hook ---------------------------------------------------------------------------------------------------------------
+
+
+class Pulled(Module):
+    """Half of the weights' squares beside the loss, by the optimizer."""
+
+    decay = 0.0
+
+    def configure_optimizers(self):
+        weights = [layer.weight for layer in layers_of(self).values()]
+        others = [p for p in self.parameters() if not any(p is weight for weight in weights)]
+        groups = [{"params": weights, "weight_decay": self.decay}, {"params": others}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}], ids=str)
+def test_what_a_hook_adds_to_gradients_reaches_the_optimizer(settings) -> None:
+    """A hook that pulls weights to zero is the optimizer's own weight decay: after gradients are complete, and clipped."""
+    pulled, decayed, plain = Pulled(), Pulled(), Pulled()
+    decayed.decay = 0.2
+    fit(pulled, HookCallback(hook := Counting(0.2)), **settings)
+    fit(decayed, **settings)
+    fit(plain, **settings)
+    for one, two in zip(pulled.parameters(), decayed.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert (pulled.net[0].weight - plain.net[0].weight).abs().max() > 1e-3
+    assert (
+        hook.events.count("before")
+        == hook.events.count("act")
+        == hook.step
+        == (4 if "accumulate_grad_batches" in settings else 8)
+    )
+
+
+def test_any_hook_gets_every_event(tmp_path) -> None:
+    hook = Counting(every=3, log=True)
+    callback = HookCallback(hook)
+    loader, settings = data(batches=4, same=True), {"max_epochs": 2, "enable_checkpointing": True, "log_every_n_steps": 1}
+    trainer, _ = fit(Module(), callback, checkpoints(tmp_path), loader=loader, logger=CSVLogger(tmp_path), **settings)
+    # training ends before the last checkpoint is written, and the fit after all averages have become the model
+    assert hook.events == ["begin", *["before", "before", "before", "act"] * 2, "before", "before", "finish", "finish"]
+    assert float(trainer.callback_metrics["counting/step"]) == 6
+    rows = [row["counting/step"] for row in csv.DictReader(next(tmp_path.rglob("metrics.csv")).open()) if row["counting/step"]]
+    assert rows == ["3.0", "6.0"]
+    assert repr(callback) == "HookCallback(Counting(0.0, every=3, log=True))"
+    # its state is in the checkpoints, and comes back; between two actions it does not begin again
+    resumed = Counting(every=3, log=True)
+    fit(Module(), HookCallback(resumed), loader=loader, ckpt_path=str(tmp_path / "step=4.ckpt"), max_epochs=2)
+    assert resumed.events == hook.events
+    assert resumed.step == 8
+
+
+def test_a_hook_that_acts_at_every_step_is_asked_wherever_others_change_weights(tmp_path) -> None:
+    hook = Counting()
+    trainer = trainer_of(HookCallback(hook), checkpoints(tmp_path), max_epochs=2, enable_checkpointing=True)
+    trainer.fit(Module(), data(), data(batches=1))
+    # sanity check; per epoch validation, its end and 4 checkpoints; the end of training and of the fit
+    assert hook.events.count("finish") == 2 * (1 + 1 + 4) + 2
+    assert "net.1" in HookCallback(hook).skipped
+    assert "net.1" in HookCallback(hook).report()
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------------

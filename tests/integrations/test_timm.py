@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from timm.utils import ModelEmaV3, reparameterize_model  # noqa: E402
 from spectral_hooks.integrations.timm import apply_spectral, input_sizes, remove_spectral, spectral_report  # noqa: E402
 from spectral_hooks.parametrizations.tensor_train import tensor_train  # noqa: E402
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 
 
 def create(name: str, **settings: Any) -> nn.Module:
@@ -239,6 +240,69 @@ def test_what_a_constraint_does_not_support_is_left_out(caplog: pytest.LogCaptur
     assert "too narrow for this" in caplog.text
     with pytest.raises(TypeError, match=r"^conv1\.0: .*max_norm"):
         apply_spectral(small(), only_wide)
+
+
+def test_names_are_those_of_the_lists() -> None:
+    """Every name of the two rooms is known, and but for what takes constraints away or tells of them nothing else."""
+    known = {*parametrizations.__all__, *sh.projections.__all__} - {"remove_spectral", "spectral_report"}
+    with pytest.raises(ValueError, match="`constraint` must be") as error:
+        apply_spectral(small(), "remove_spectral")
+    names = re.findall(r"\w+", str(error.value).partition("one of ")[2].partition("; got")[0])
+    assert set(names) - {"or", "of", "the", "projections"} == known
+    layer = nn.Linear(4, 4)
+    for name in sh.projections.__all__:
+        apply_spectral(layer, name)
+        assert type(layer) is nn.Linear
+        assert not nn.utils.parametrize.is_parametrized(layer)
+        # as the function itself, and with arguments laid in
+        apply_spectral(layer, partial(getattr(sh.projections, name)))
+        assert not nn.utils.parametrize.is_parametrized(layer)
+
+
+def test_functions_of_ones_own() -> None:
+    """`constraint` makes a layer of a layer, `projection` a weight of an operator, whatever their parameters are called."""
+
+    def halved(layer: sh.LinearOperator, max_norm: float) -> torch.Tensor:
+        return sh.projections.clip(layer, max_norm / 2)
+
+    def added(op: nn.Module) -> nn.Module:
+        return parametrizations.rescaled(op, 0.25)
+
+    model = apply_spectral(small(), projection=halved)
+    assert 0.45 < max(norms(model).values()) <= 0.5 + TOLERANCE
+    assert constrained(model) == set()
+    assert 0.1 < max(norms(apply_spectral(small(), added)).values()) <= 0.25 + TOLERANCE
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    apply_spectral(model, projection="clip", every=2, log=True, optimizer=optimizer)
+    train(model, optimizer=optimizer)
+    assert max(norms(model).values()) <= 1 + TOLERANCE
+
+
+def test_what_is_mistaken_for_a_parametrization_is_told() -> None:
+    for wrong, message in [
+        (lambda op: sh.projections.clip(op, 1.0), "returned a Tensor, and no layer"),
+        (lambda op, max_norm: None, "missing 1 required positional argument"),
+        (lambda op: op.no_such_thing, "no attribute 'no_such_thing'"),
+    ]:
+        with pytest.raises(TypeError, match=rf"^conv1\.0: .*{message}.*a projection of your own goes to `projection=`"):
+            apply_spectral(small(), wrong)
+    with pytest.raises(TypeError, match=r"give one of them; got 'cayley' too"):
+        apply_spectral(small(), "cayley", projection="clip")
+    with pytest.raises(ValueError, match="`projection` must be a function"):
+        apply_spectral(small(), projection="cayley")
+
+
+@pytest.mark.filterwarnings("ignore:.*want of support.*")
+def test_adapters_are_left_to_projections(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    network = nn.Sequential()
+    network.add_module("adapted", nn.Linear(6, 6))
+    network.add_module("plain", nn.Linear(6, 6))
+    model = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=["adapted"]))
+    apply_spectral(model)
+    assert "adapted: has adapters, whose sum with the weight only a projection constrains" in caplog.text
+    assert type(dict(model.named_modules())["base_model.model.adapted"].base_layer) is nn.Linear
+    assert spectral_report(model)["base_model.model.plain"].startswith("Rescaled")
 
 
 # -- projections -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import logging
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ import sys
 import warnings
 from pathlib import Path
 
+import observers
 import pytest
 import torch
+from counting import OPTIONS, WRONG, Counting
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -39,7 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
 ]
 
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 VOCABULARY, LENGTH, WIDTH = 13, 8, 16
 
@@ -268,35 +271,59 @@ def pictures() -> list[dict[str, Tensor]]:
     return [{"pixel_values": torch.randn(1, 12, 12), "labels": torch.tensor(i % 2)} for i in range(8)]
 
 
+def train_convolutional(folder: Path, *callbacks: TrainerCallback, resume: bool | str = False) -> nn.Module:
+    # Adam moves the weights so little that most steps need no clip
+    settings = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 5, "gradient_accumulation_steps": 1}
+    model = convolutional()
+    trainer = trainer_of(model, folder, *callbacks, **settings)
+    trainer.train_dataset = pictures()
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def largest_convolution(model: nn.Module) -> float:
+    return max(observers.lattice_norm(layer) for layer in model.modules() if isinstance(layer, nn.Conv2d))
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_run_resumed_from_its_own_folder_equals_an_uninterrupted_one(every, tmp_path) -> None:
     """Convolutions are clipped deeper while they move, so that what is known of them counts."""
-
-    def run(folder: Path, *callbacks: TrainerCallback, resume: bool | str = False) -> nn.Module:
-        # Adam moves the weights so little that most steps need no clip
-        settings = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 5, "gradient_accumulation_steps": 1}
-        model = convolutional()
-        trainer = trainer_of(model, folder, SpectralClip(1.0, every=every), *callbacks, **settings)
-        trainer.train_dataset = pictures()
-        trainer.train(resume_from_checkpoint=resume)
-        return model
 
     class Stops(TrainerCallback):
         def on_save(self, args, state, control, **kwargs) -> None:
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
-    whole = run(tmp_path / "whole")
+    whole = train_convolutional(tmp_path / "whole", SpectralClip(1.0, every=every))
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", Stops())
-    assert same_weights(run(tmp_path / "parts", resume=True), whole)
+        train_convolutional(tmp_path / "parts", SpectralClip(1.0, every=every), Stops())
+    assert same_weights(train_convolutional(tmp_path / "parts", SpectralClip(1.0, every=every), resume=True), whole)
     (known,) = (tmp_path / "parts" / "checkpoint-3").glob("spectral_hooks-*.pt")
     assert torch.load(known, weights_only=True)["step"] == 3
     # from elsewhere the bound holds all the same
     moved = (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "moved")
-    convolutions = [layer for layer in run(tmp_path / "new", resume=str(moved)).modules() if isinstance(layer, nn.Conv2d)]
-    with torch.no_grad():
-        assert max(float(sh.spectral_norm(sh.as_operator(layer))) for layer in convolutions) <= 1.001
+    elsewhere = train_convolutional(tmp_path / "new", SpectralClip(1.0, every=every), resume=str(moved))
+    assert largest_convolution(elsewhere) <= 1 + TOLERANCE
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_without_slack_a_run_resumed_from_elsewhere_equals_an_uninterrupted_one(every, tmp_path) -> None:
+    """Whatever was known of its weights; and what is not known is said."""
+    whole = train_convolutional(tmp_path / "whole", SpectralClip(1.0, slack=0, every=every))
+    moved = (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "moved")
+    clip = SpectralClip(1.0, slack=0, every=every)
+    assert same_weights(train_convolutional(tmp_path / "new", clip, resume=str(moved)), whole)
+    assert clip.hook.step == 5
+
+
+def test_a_run_resumed_with_other_settings_counts_on_and_obeys_them(tmp_path, caplog) -> None:
+    train_convolutional(tmp_path, SpectralClip(1.0))
+    clip = SpectralClip(0.5)
+    with caplog.at_level(logging.INFO, logger="spectral_hooks.integrations.transformers"):
+        model = train_convolutional(tmp_path, clip, resume=str(tmp_path / "checkpoint-3"))
+    assert "counts on from step 3" in caplog.text
+    assert clip.hook.step == 5
+    assert largest_convolution(model) <= 0.5 * (1 + TOLERANCE)
 
 
 def test_a_training_that_an_error_has_ended_leaves_no_hook(tmp_path) -> None:
@@ -415,7 +442,7 @@ def blocks(layer: nn.Module, count: int) -> list[float]:
     ("split", "count"), [(True, 3), ("heads", 6), ({"*.c_attn": 3}, 3), ({"transformer.h.?.attn.c_attn": [WIDTH] * 3}, 3)]
 )
 def test_each_part_of_a_fused_projection_obeys_by_itself(split, count, tmp_path) -> None:
-    model, clip = gpt2(), SpectralClip(1.0, split_qkv=split)
+    model, clip = gpt2(), SpectralClip(1.0, split=split)
     fused = model.transformer.h[0].attn.c_attn
     parts = [sh.projections.clip(sh.DenseOperator(part, transposed=True), 1.0) for part in fused.weight.chunk(count, dim=1)]
     expected = torch.cat(parts, dim=1)
@@ -439,14 +466,14 @@ def test_queries_of_one_head_keep_what_another_head_is_clipped_for() -> None:
         fused.weight.mul_(0.1 / norm(fused.weight))
         fused.weight[:, : WIDTH // 2] *= 100
     rest = fused.weight[:, WIDTH // 2 :].detach().clone()
-    SpectralClip(1.0, split_qkv="heads").on_train_begin(None, transformers.TrainerState(), None, model=model)
+    SpectralClip(1.0, split="heads").on_train_begin(None, transformers.TrainerState(), None, model=model)
     assert norm(fused.weight[:, : WIDTH // 2]) <= 1 + TOLERANCE
     assert torch.equal(fused.weight[:, WIDTH // 2 :], rest)
 
 
 def test_cross_attention_has_keys_and_values_only() -> None:
     model = gpt2(add_cross_attention=True)
-    clip = SpectralClip(1.0, split_qkv=True)
+    clip = SpectralClip(1.0, split=True)
     clip.on_train_begin(None, transformers.TrainerState(), None, model=model)
     for block in model.transformer.h:
         assert max(blocks(block.crossattention.c_attn, 2) + blocks(block.attn.c_attn, 3)) <= 1 + TOLERANCE
@@ -465,7 +492,7 @@ def test_a_fused_linear_layer() -> None:
     fused = model.layers[0].attn.Wqkv
     with torch.no_grad():
         fused.weight.normal_()
-    SpectralClip(1.0, split_qkv=True).on_train_begin(None, transformers.TrainerState(), None, model=model)
+    SpectralClip(1.0, split=True).on_train_begin(None, transformers.TrainerState(), None, model=model)
     assert [norm(part) for part in fused.weight.chunk(3)] == pytest.approx([1.0] * 3, rel=1e-5)
     assert norm(fused.weight) > 1.1
 
@@ -478,11 +505,13 @@ def test_split_mistakes() -> None:
         ({"*.qkv": 3}, r"`split` pattern '\*\.qkv' matches no layer"),
     ]:
         with pytest.raises(ValueError, match=message):
-            SpectralClip(split_qkv=split).on_train_begin(None, state, None, model=gpt2())
+            SpectralClip(split=split).on_train_begin(None, state, None, model=gpt2())
+    with pytest.raises(ValueError, match=r"`split` must be True, 'heads', None or a mapping.*got 'thirds'"):
+        SpectralClip(split="thirds")
     with pytest.raises(TypeError, match="`split` must map patterns to parts"):
-        SpectralClip(split_qkv="thirds").on_train_begin(None, state, None, model=gpt2())
-    with pytest.raises(ValueError, match=r"`split_qkv` knows gpt2.*got BertForMaskedLM"):
-        SpectralClip(split_qkv=True).on_train_begin(None, state, None, model=bert())
+        SpectralClip(split=3)
+    with pytest.raises(ValueError, match=r"`split` knows gpt2.*got BertForMaskedLM"):
+        SpectralClip(split=True).on_train_begin(None, state, None, model=bert())
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------------
@@ -564,7 +593,7 @@ def test_lora_on_a_split_projection(tmp_path) -> None:
         fused = (layer for layer in lora_layers(model) if layer.out_features == 3 * WIDTH)
         return max(norm(part) for layer in fused for part in (layer.base_layer.weight.double().T + product(layer)).chunk(3))
 
-    clip = SpectralClip(1.0, split_qkv=True)
+    clip = SpectralClip(1.0, split=True)
     _, watch = train(adapted(gpt2()), tmp_path, clip, measure=largest_part, save_strategy="no", learning_rate=2.0)
     assert_inside(watch)
     assert watch.norms[-1] > 0.9
@@ -679,41 +708,87 @@ def test_a_nan_weight_is_an_error_that_names_layer_and_step(tmp_path) -> None:
 # -- any hook ---------------------------------------------------------------------------------------------------------------
 
 
-def test_any_hook_gets_the_three_events(tmp_path) -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.events: list[str] = []
+def test_any_hook_gets_every_event(tmp_path) -> None:
+    hook, reporter = Counting(every=3, log=True), Reporter()
+    callback = HookCallback(hook)
+    trainer = trainer_of(gpt2(), tmp_path, max_steps=5)
+    trainer.callback_handler.callbacks.insert(0, reporter)
+    callback.add_to(trainer)
+    trainer.train()
+    # before the last checkpoint, for the last steps were not followed by an action; and when training ends
+    assert hook.events == ["begin", "before", "before", "before", "act", "before", "before", "finish", "finish"]
+    assert callback.history == [{"step": 3, "counting/step": 3.0}]
+    assert [row.get("counting/step") for row in reporter.seen if "loss" in row] == [None, None, 3.0, 3.0, 3.0]
+    assert repr(callback) == "HookCallback(Counting(0.0, every=3, log=True))"
+    assert any("Embedding" in reason for reason in callback.skipped.values())
+    assert "Embedding" in callback.report()
+    # its state is beside the checkpoints, and comes back; between two actions it does not begin again
+    resumed = HookCallback(Counting(every=3, log=True))
+    trainer_of(gpt2(), tmp_path, resumed, max_steps=5).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.hook.events == hook.events
+    # from elsewhere it counts on
+    moved = (tmp_path / "checkpoint-4").rename(tmp_path / "moved")
+    counted = HookCallback(Counting(every=3, log=True))
+    trainer_of(gpt2(), tmp_path / "new", counted, max_steps=5).train(resume_from_checkpoint=str(moved))
+    assert counted.hook.events == ["before", "finish", "finish"]
+    assert counted.hook.step == 5
 
-        def load_state_dict(self, state) -> None:
-            self.events.append(f"state {state['step']}")
 
-        def attach(self, model, optimizer) -> sh.hooks.Handle:
-            return sh.hooks.attach(self, model, optimizer)
+def test_any_hook_without_an_optimizer() -> None:
+    callback, model, state = HookCallback(Counting()), gpt2(), transformers.TrainerState()
+    callback.on_train_begin(None, state, None, model=model, optimizer=None)
+    model(**{key: value[None] for key, value in data(1)[0].items()}).loss.backward()
+    callback.on_pre_optimizer_step(None, state, None)
+    callback.on_optimizer_step(None, state, None)
+    assert callback.hook.events == ["begin", "before", "act"]
 
-        def start(self, model) -> None:
-            self.model = model
-            self.events.append("start")
 
-        def before_step(self) -> None:
-            assert all(p.grad is not None for p in self.model.parameters())
-            self.before = self.model.lm_head.weight.detach().clone()
-            self.events.append("before")
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.5}], ids=str)
+def test_what_a_hook_adds_to_gradients_reaches_the_optimizer(settings, tmp_path) -> None:
+    """A hook that pulls weights to zero is the optimizer's own weight decay: after gradients are complete, and clipped."""
+    models = {"pulled": gpt2(), "decayed": gpt2(), "plain": gpt2()}
+    for name, model in models.items():
+        weights = {id(p): p for layer in layers_of(model).values() for p in [layer.weight]}
+        others = [p for p in model.parameters() if id(p) not in weights]
+        groups = [{"params": list(weights.values()), "weight_decay": 0.2 if name == "decayed" else 0.0}, {"params": others}]
+        callbacks = [HookCallback(Counting(0.2))] if name == "pulled" else []
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        trainer_of(model, tmp_path / name, *callbacks, optimizers=(optimizer, None), save_strategy="no", **settings).train()
+    for one, two in zip(models["pulled"].parameters(), models["decayed"].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    weight, other = (models[name].transformer.h[0].mlp.c_fc.weight for name in ("pulled", "plain"))
+    assert (weight - other).abs().max() > 1e-3
 
-        def after_step(self) -> None:
-            assert not torch.equal(self.before, self.model.lm_head.weight)
-            self.events.append("after")
 
-    hook = Recorder()
-    train(gpt2(), tmp_path, HookCallback(hook), max_steps=3, save_strategy="no")
-    assert hook.events == ["state 0", "start", *["before", "after"] * 3]
+# -- options ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_reaches_the_hook_under_its_name(name) -> None:
+    option = {name: OPTIONS[name]}
+    callback, core = SpectralClip(**option), sh.SpectralClip(**option)
+    assert getattr(callback.hook, name) == getattr(core, name) != getattr(sh.SpectralClip(), name)
+    assert repr(callback) == repr(core) != repr(SpectralClip())
+
+
+@pytest.mark.parametrize("split", [True, "heads"])
+def test_the_repr_shows_a_split_by_the_model_and_stays_the_same(split) -> None:
+    clip = SpectralClip(2.0, every=3, split=split)
+    shown = f"SpectralClip(2.0, every=3, split={split!r})"
+    assert repr(clip) == shown
+    clip.on_train_begin(None, transformers.TrainerState(), None, model=gpt2())
+    assert repr(clip) == shown
+    assert repr(SpectralClip(split=False)) == repr(SpectralClip())
+
+
+@pytest.mark.parametrize(("option", "error"), [*WRONG, ({"lora": "product2"}, ValueError), ({"split": "thirds"}, ValueError)])
+def test_options_are_checked_in_the_constructor(option, error) -> None:
+    with pytest.raises(error, match=f"`?{next(iter(option))}"):
+        SpectralClip(**option)
 
 
 def test_docstring_and_settings() -> None:
     assert doctest.testmod(importlib.import_module("spectral_hooks.integrations.transformers")).failed == 0
-    with pytest.raises(ValueError, match="`max_norm` must be a positive"):
-        SpectralClip(0.0)
-    with pytest.raises(ValueError, match="`every` must be a positive int"):
-        SpectralClip(every=0)
     assert SpectralClip().hook.max_norm == 1.0
 
 
