@@ -13,7 +13,8 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from spectral_hooks import ConvOperator, bounds, parametrizations, projections
+import spectral_hooks as sh
+from spectral_hooks import ConvOperator
 from spectral_hooks.operators import DenseOperator, KernelOperator, LinearOperator
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -353,32 +354,32 @@ def all_singular_values(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 #: Every bound: `operator -> 0-d tensor`; after a hyphen, with the ends of its arguments.
 BOUNDS: dict[str, Callable[[LinearOperator], Tensor]] = {
-    "cosine_grid": bounds.cosine_grid,
-    "cosine_grid-coarse": partial(bounds.cosine_grid, oversampling=1.3),
-    "gram_iteration": bounds.gram_iteration,
-    "gram_iteration-0": partial(bounds.gram_iteration, steps=0, oversampling=2),
-    "gram_iteration-20": partial(bounds.gram_iteration, steps=20, oversampling=2),
-    "kernel_gram-1": partial(bounds.kernel_gram, steps=1),
-    "kernel_gram": partial(bounds.kernel_gram, steps=3),
-    "unfolding": bounds.unfolding,
-    "tap_sum": bounds.tap_sum,
-    "frobenius_grid": bounds.frobenius_grid,
-    "frobenius_grid-coarse": partial(bounds.frobenius_grid, oversampling=1.3),
-    "absolute_sum": bounds.absolute_sum,
+    "cosine_grid": sh.bounds.cosine_grid,
+    "cosine_grid-coarse": partial(sh.bounds.cosine_grid, oversampling=1.3),
+    "gram_iteration": sh.bounds.gram_iteration,
+    "gram_iteration-0": partial(sh.bounds.gram_iteration, steps=0, oversampling=2),
+    "gram_iteration-20": partial(sh.bounds.gram_iteration, steps=20, oversampling=2),
+    "kernel_gram-1": partial(sh.bounds.kernel_gram, steps=1),
+    "kernel_gram": partial(sh.bounds.kernel_gram, steps=3),
+    "unfolding": sh.bounds.unfolding,
+    "tap_sum": sh.bounds.tap_sum,
+    "frobenius_grid": sh.bounds.frobenius_grid,
+    "frobenius_grid-coarse": partial(sh.bounds.frobenius_grid, oversampling=1.3),
+    "absolute_sum": sh.bounds.absolute_sum,
 }
 
 #: Every projection: `(operator, max_norm) -> weight`.
 PROJECTIONS: dict[str, Callable[[LinearOperator, float], Tensor]] = {
-    "clip": projections.clip,
-    "clip-1-round": partial(projections.clip, rounds=1),
-    "rescale": projections.rescale,
-    "band": partial(projections.band, min_norm=0.3),
-    "band-0": projections.band,
-    "polar": projections.polar,
-    "soft_cap": projections.soft_cap,
-    "hammer": projections.hammer,
-    "clipped_decay": projections.clipped_decay,
-    "parseval": projections.parseval,
+    "clip": sh.projections.clip,
+    "clip-1-round": partial(sh.projections.clip, rounds=1),
+    "rescale": sh.projections.rescale,
+    "band": partial(sh.projections.band, min_norm=0.3),
+    "band-0": sh.projections.band,
+    "polar": sh.projections.polar,
+    "soft_cap": sh.projections.soft_cap,
+    "hammer": sh.projections.hammer,
+    "clipped_decay": sh.projections.clipped_decay,
+    "parseval": sh.projections.parseval,
 }
 
 #: Those that leave what is inside as it is, bit for bit.
@@ -420,25 +421,25 @@ def _circular() -> nn.Module:
 
 #: Every parametrization, on layers of each kind that it takes.
 PARAMETRIZATIONS: dict[str, Made] = {
-    "rescaled": Made(partial(parametrizations.rescaled, max_norm=0.5), _conv, (4, 5, 6), 0.5),
-    "rescaled-strided": Made(partial(parametrizations.rescaled, max_norm=0.5), _strided, (4, 9), 0.5),
-    "rescaled-matrix": Made(partial(parametrizations.rescaled, max_norm=0.5), _linear, (6,), 0.5),
-    "clipped": Made(partial(parametrizations.clipped, max_norm=0.5), _conv, (4, 5, 6), 0.5),
-    "clipped-strided": Made(partial(parametrizations.clipped, max_norm=0.5), _strided, (4, 9), 0.5),
-    "clipped-matrix": Made(partial(parametrizations.clipped, max_norm=0.5), _linear, (6,), 0.5),
-    "banded": Made(lambda layer: parametrizations.banded(layer, 0.5, 0.5), _linear, (6,), 0.5),
-    "orthogonal": Made(parametrizations.orthogonal, _conv, (4, 5, 6)),
-    "orthogonal-strided": Made(parametrizations.orthogonal, _strided, (4, 9)),
-    "orthogonal-matrix": Made(parametrizations.orthogonal, _linear, (6,)),
-    "skew": Made(parametrizations.skew, _conv, (4, 5, 6), is_plain=False),
-    "cayley": Made(parametrizations.cayley, _circular, (4, 5, 6), is_plain=False),
+    "rescaled": Made(partial(sh.parametrizations.rescaled, max_norm=0.5), _conv, (4, 5, 6), 0.5),
+    "rescaled-strided": Made(partial(sh.parametrizations.rescaled, max_norm=0.5), _strided, (4, 9), 0.5),
+    "rescaled-matrix": Made(partial(sh.parametrizations.rescaled, max_norm=0.5), _linear, (6,), 0.5),
+    "clipped": Made(partial(sh.parametrizations.clipped, max_norm=0.5), _conv, (4, 5, 6), 0.5),
+    "clipped-strided": Made(partial(sh.parametrizations.clipped, max_norm=0.5), _strided, (4, 9), 0.5),
+    "clipped-matrix": Made(partial(sh.parametrizations.clipped, max_norm=0.5), _linear, (6,), 0.5),
+    "banded": Made(sh.parametrizations.banded, _linear, (6,)),
+    "orthogonal": Made(sh.parametrizations.orthogonal, _conv, (4, 5, 6)),
+    "orthogonal-strided": Made(sh.parametrizations.orthogonal, _strided, (4, 9)),
+    "orthogonal-matrix": Made(sh.parametrizations.orthogonal, _linear, (6,)),
+    "skew": Made(sh.parametrizations.skew, _conv, (4, 5, 6), is_plain=False),
+    "cayley": Made(sh.parametrizations.cayley, _circular, (4, 5, 6), is_plain=False),
     # a normalizer of each channel: together they reach the root of their number
-    "conv_norm": Made(parametrizations.conv_norm, _circular, (4, 5, 6), 2.0, is_plain=False),
-    "group_shuffle": Made(partial(parametrizations.group_shuffle, blocks=2), _conv, (4, 5, 6), is_plain=False),
-    "group_shuffle-matrix": Made(partial(parametrizations.group_shuffle, blocks=2), lambda: nn.Linear(6, 6), (6,)),
+    "conv_norm": Made(sh.parametrizations.conv_norm, _circular, (4, 5, 6), 2.0, is_plain=False),
+    "group_shuffle": Made(partial(sh.parametrizations.group_shuffle, blocks=2), _conv, (4, 5, 6), is_plain=False),
+    "group_shuffle-matrix": Made(partial(sh.parametrizations.group_shuffle, blocks=2), lambda: nn.Linear(6, 6), (6,)),
     # no bound of its own
-    "tensor_train": Made(partial(parametrizations.tensor_train, rank=2), _conv, (4, 5, 6), inf),
-    "tensor_train-matrix": Made(partial(parametrizations.tensor_train, rank=2), _linear, (6,), inf),
+    "tensor_train": Made(partial(sh.parametrizations.tensor_train, rank=2), _conv, (4, 5, 6), inf),
+    "tensor_train-matrix": Made(partial(sh.parametrizations.tensor_train, rank=2), _linear, (6,), inf),
 }
 
 #: One layer of each kind that operators tell apart, for what costs little.

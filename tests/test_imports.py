@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,6 +169,18 @@ PRIVATE = [use for file, tree in TREES.items() for use in private_uses(file, tre
 
 def test_every_folder_is_a_room() -> None:
     assert {file.split("/")[0] for file in SOURCES if "/" in file} <= STEP.keys()
+
+
+def test_the_map_in_contributing_has_the_rooms_in_their_order() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"```\nspectral_hooks/\n(.*?)```", page, flags=re.DOTALL)
+    assert tree is not None
+    rooms = dict(re.findall(r"^    (\w+)/( \*)?", tree[1], flags=re.MULTILINE))
+    assert [STEP[room] for room in rooms] == sorted(STEP[room] for room in rooms)
+    assert rooms.keys() == STEP.keys() - {"integrations"}
+    there = {file.split("/")[0] for file in SOURCES if "/" in file}
+    assert {room for room, to_come in rooms.items() if not to_come} == there - {"integrations"}
+    assert all((ROOT / folder).is_dir() for folder in re.findall(r"^(\w+)/", tree[1], flags=re.MULTILINE))
 
 
 def test_nothing_imports_upwards() -> None:
