@@ -155,7 +155,7 @@ def test_group_shuffle_convolutions_start_near_the_kernel_over_the_gain() -> Non
 
 @pytest.mark.parametrize("name", ["skew", "cayley", "group shuffle", "skew transposed"])
 def test_others_say_what_their_norm_is(name: str) -> None:
-    with pytest.raises(NotImplementedError, match="Its norm is 2.5: keep it"):
+    with pytest.raises(NotImplementedError, match=r"Its norm is 2\.5: keep it"):
         sh.as_operator(made(name, 2.5))
 
 
