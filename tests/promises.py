@@ -542,8 +542,8 @@ def banded_stays_in_the_band(rng: Rng) -> Margin:
     layer = attacks.linear(rng, dtype, extreme=0)
     high = pick(rng, [1.0, float(10.0 ** rng.uniform(-2, 2))])
     low = high * pick(rng, [1.0, 0.0, float(rng.uniform())])
-    about = f"banded({low!r}, {high!r}) of {shown(layer)}"
-    layer = sh.parametrizations.banded(layer, low, high)
+    about = f"banded({high!r}, min_norm={low!r}) of {shown(layer)}"
+    layer = sh.parametrizations.banded(layer, high, min_norm=low)
     about += " " + _set(rng, layer)
     values = observers.singular_values(layer.weight)
     rounding = torch.finfo(dtype).eps * sqrt(min(layer.weight.shape))
@@ -560,7 +560,7 @@ def orthogonal_matrices_are_orthogonal(rng: Rng) -> Margin:
     dtype, kind = pick(rng, [torch.float32, torch.float64]), pick(rng, ["cayley", "qr", "exp", "householder"])
     layer = attacks.linear(rng, dtype, extreme=0)
     about = f"orthogonal({kind!r}) of {shown(layer)}"
-    layer = sh.parametrizations.orthogonal(layer, kind)
+    layer = sh.parametrizations.orthogonal(layer, orthogonal_map=kind)
     about += " " + _set(rng, layer)
     off = _far_from_one(observers.singular_values(layer.weight))
     return Margin(off - _orthogonal_rounding(dtype), f"{about}: off by {off}")
@@ -576,7 +576,7 @@ def orthogonal_kernels_are_orthogonal(rng: Rng) -> Margin:
     dtype, kind = pick(rng, [torch.float32, torch.float64]), pick(rng, ["cayley", "qr", "exp", "householder"])
     layer = attacks.convolution(rng, dtype, extreme=0, most=8)
     plain, about = copy.deepcopy(layer), f"orthogonal({kind!r}) of {shown(layer)}"
-    layer = sh.parametrizations.orthogonal(layer, kind)
+    layer = sh.parametrizations.orthogonal(layer, orthogonal_map=kind)
     about += " " + _set(rng, layer)
     plain.weight.data = layer.weight.detach()
     kernels, exponent = observers.by_groups(plain)

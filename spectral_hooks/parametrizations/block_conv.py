@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, pi, prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..linalg.precision import widest
-from .stiefel import nearest
+from .stiefel import polar_factor
 
 #: The factors of a kernel by name, those that it has: `exit`, `frames` of the projectors, `entry`.
 Parts = dict[str, Tensor]
@@ -39,7 +39,7 @@ Parts = dict[str, Tensor]
 _QUICK, _THOROUGH = (30, 1e-3), (100, 1e-6)
 #: A kernel this near, relative, has been taken apart exactly, or could be but for the rounding of its entries.
 _EXACT, _NEAR = 1e-7, 0.1
-#: Beyond, a weight is taken for its direction alone.
+#: Beyond, relative to the gain, a weight is taken for its direction alone.
 _HUGE = 1e10
 #: Eigenvalues of a Gram matrix this small, relative, are rounding of a float32 kernel.
 _ROUNDING = 1e-6
@@ -101,8 +101,7 @@ def _product(blocks: Blocks, parts: Parts, projectors: Tensor) -> Tensor:
     if exit is not None:
         exit = _lay_out(exit.unflatten(2, (blocks.middle, *blocks.strides)))
     if entry is None:
-        assert exit is not None
-        kernel = exit
+        kernel = cast(Tensor, exit)
         for (axis, flipped), projector in factors:
             kernel = _times_pair(kernel, projector, 1 + axis, flipped)
     else:
@@ -147,8 +146,8 @@ def _block_convolution(left: Tensor, right: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decompose(blocks: Blocks, weight: Tensor) -> Parts:
-    """Factors whose product is near a weight, and the weight itself where it is such a product.
+def decompose(blocks: Blocks, weight: Tensor, gain: float = 1.0) -> Parts:
+    """Factors whose product, times a gain, is near a weight, and the weight itself where it is such a product.
 
     First pair by pair from the end: the first taps of a product lie in the range of its last projector and the last taps in the
     complement, which for a product in general position tells the projector. Between an exit and an entry the pairs are laid bare
@@ -160,8 +159,8 @@ def decompose(blocks: Blocks, weight: Tensor) -> Parts:
     w = weight.detach().to(widest(weight.device))
     if w.is_meta:
         return {name: w.new_empty(shape) for name, shape in blocks.shapes.items()}
-    # the length only tells whether it is a product, which this is not, and its squares would overflow
-    w = w / largest if (largest := float(w.abs().amax())) > _HUGE else w
+    # the length only tells whether it is a product, which a huge one is not, and its squares would overflow
+    w = w / (largest if (largest := float(w.abs().amax())) > _HUGE * gain else gain)
     tall = {"exit", "entry"} <= set(blocks.shapes)
     parts = _unfolded(blocks, w) if tall else _peeled(blocks, w)
     distance = float((compose(blocks, parts) - w).norm()) / float(w.norm().clamp(min=torch.finfo(w.dtype).tiny))
@@ -194,7 +193,7 @@ def _round_(blocks: Blocks, parts: Parts, w: Tensor) -> float:
 
     for name in ("exit", "entry"):
         if name in parts:
-            parts[name] = nearest(gradient(parts[name]))
+            parts[name] = polar_factor(gradient(parts[name]))
     if frames is not None:
         found = []
         for i, pair in enumerate(pairs):
@@ -223,7 +222,7 @@ def _peeled(blocks: Blocks, w: Tensor) -> Parts:
         before, behind = (kernel.narrow(1 + axis, at, shape[1 + axis]).flatten(1, -2) for at in (0, 1))
         # the inverse of a pair is its adjoint
         kernel = (before @ now + behind @ after).view(shape)
-    rest = nearest(kernel.movedim((-2, -1), (1, 2)).flatten(2))
+    rest = polar_factor(kernel.movedim((-2, -1), (1, 2)).flatten(2))
     parts = {"entry": rest.mT} if mirrored else {"exit": rest}
     if "frames" in shapes:
         parts["frames"] = torch.stack([found[i] for i in range(len(blocks.axes))], 1)
@@ -257,7 +256,7 @@ def _unfolded(blocks: Blocks, w: Tensor) -> Parts:
 
     def exit_of(inner: Tensor) -> Tensor:
         inner = inner.unflatten(2, (blocks.columns, -1))
-        return nearest(torch.einsum("grcpt,gmct->grmp", windows, inner).flatten(2))
+        return polar_factor(torch.einsum("grcpt,gmct->grmp", windows, inner).flatten(2))
 
     # the root has lost half of the digits of what is small; given the exit, the inner kernel is a mean over the phases
     exit = exit_of(inner).unflatten(2, (middle, -1))
@@ -286,9 +285,9 @@ def _spread(blocks: Blocks, w: Tensor) -> Parts:
     shapes, middle = blocks.shapes, blocks.middle
     angles = torch.outer(torch.arange(middle) + 0.5, torch.arange(blocks.columns) + 1.0) * (pi / middle)
     parts = {
-        "exit": nearest(w.new_zeros(shapes["exit"])),
+        "exit": polar_factor(w.new_zeros(shapes["exit"])),
         "frames": torch.eye(middle, middle // 2).to(w).expand(shapes["frames"]),
-        "entry": nearest(angles.cos().to(w).expand(shapes["entry"])),
+        "entry": polar_factor(angles.cos().to(w).expand(shapes["entry"])),
     }
     return {name: part.clone() for name, part in parts.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, prod, sqrt
+from math import prod, sqrt
 from typing import TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from ..linalg.symbols import symbol
 from ..norms.bounds import cosine_grid
 from ..norms.lattice import lattice_norm
 from ..operators import as_operator
-from ..operators.base import KernelOperator
+from ..operators.base import KernelOperator, is_number
 from ..projections.arguments import check_max_norm
 from ..projections.frequencies import FrequencyGrid
 from ..projections.outside import TOLERANCE
@@ -26,7 +26,7 @@ from .following import At, may_follow, start_inside
 from .memory import Memory
 from .recording import exported, unrecorded
 from .remove import register
-from .rescaled import Rescaled, bounded_operator
+from .rescaled import Rescaled, bounded_operator, shown_size
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -93,28 +93,30 @@ def clipped(layer: Layer, max_norm: float = 1.0, *, input_size: int | Sequence[i
 
     Source: Sedghi, Gupta and Long (2019), for the clip of the symbol.
     """
-    check_max_norm(max_norm)
-    register(layer, Clipped(bounded_operator(layer, input_size), 0.0, max_norm))
+    max_norm = check_max_norm(max_norm)
+    register(layer, Clipped(bounded_operator(layer, input_size), max_norm))
     start_inside(layer)
     return layer
 
 
-def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
-    """Keep all singular values of a layer's weight between `low` and `high`, whatever its parameter becomes, differentiably.
+def banded(layer: Layer, max_norm: float = 1.0, *, min_norm: float | None = None) -> Layer:
+    """Keep all singular values of a layer's weight between `min_norm` and `max_norm`, whatever its parameter becomes.
 
-        weight = U min(max(Σ, low), high) Vᵀ,   W = U Σ Vᵀ,
+        weight = U min(max(Σ, min_norm), max_norm) Vᵀ,   W = U Σ Vᵀ,
 
-    registered by `torch.nn.utils.parametrize`, for matrices and convolutions that are one (a single tap after the polyphase form,
-    like 1×1 and patches). With `low = high` it is the polar factor, scaled.
+    registered by `torch.nn.utils.parametrize`, differentiable, for matrices and convolutions that are one (a single tap after the
+    polyphase form, like 1×1 and patches). By default the band is a single value: all singular values are `max_norm`, and the
+    weight is the polar factor, scaled.
 
     Guaranteed: the `min(rows, columns)` singular values of the matrix lie in the band, up to the rounding of the stored dtype,
     and so do those of the layer on the inputs that it reads. In training the parameter follows into the band and has the gradient
     of the layer's weight, as for `clipped`. Elsewhere the gradient is that of the map, finite where singular values coincide; it
-    grows like `low / σ` where the weight loses rank, up to a factor of 1e6.
+    grows like `min_norm / σ` where the weight loses rank, up to a factor of 1e6.
 
     Args:
         layer: a linear layer, or a convolution whose patches do not overlap, without padding; changed in place.
-        low, high: `0 ≤ low ≤ high`, `high` positive.
+        max_norm: the upper end of the band, positive.
+        min_norm: its lower end, `0 ≤ min_norm ≤ max_norm`; None for `max_norm` itself. With 0 this is `clipped`.
 
     Returns:
         The layer. `layer.weight = V` keeps `V` up to a relative 1e-5 in float32 if it is inside, else gives the nearest weight
@@ -123,22 +125,22 @@ def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
     Cost: an SVD in training forwards; none in evaluation without gradients while `W` stays the same.
 
     Raises:
-        ValueError: `low` and `high` are no band; the weight is pruned or carries a parametrization from elsewhere.
+        ValueError: `max_norm` or `min_norm` is out of range; the weight is pruned or carries a parametrization from elsewhere.
         NotImplementedError: a convolution with overlapping patches: after the crop to its taps the lower bound cannot be kept.
         TypeError: as `as_operator`.
 
     Example:
         >>> import torch, spectral_hooks as sh
         >>> from spectral_hooks.parametrizations.clipped import banded
-        >>> layer = banded(torch.nn.Linear(20, 30), low=0.5, high=2.0)
+        >>> layer = banded(torch.nn.Linear(20, 30), 2.0, min_norm=0.5)
         >>> values = sh.singular_values(sh.as_operator(layer))
         >>> bool(0.5 - 1e-6 < values.min() and values.max() < 2 + 1e-6)
         True
     """
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and isfinite(v) for v in (low, high)):
-        raise ValueError(f"`low` and `high` must be finite numbers; got {low!r} and {high!r}.")
-    if not 0 <= low <= high or high == 0:
-        raise ValueError(f"`low` and `high` must obey 0 <= low <= high and high > 0; got low={low!r} and high={high!r}.")
+    max_norm = check_max_norm(max_norm)
+    min_norm = max_norm if min_norm is None else min_norm
+    if not is_number(min_norm) or not 0 <= min_norm <= max_norm:
+        raise ValueError(f"`min_norm` must lie in [0, {max_norm}], up to `max_norm`, or be None for that; got {min_norm!r}.")
     op = as_operator(layer)
     if prod(op.canonical().shape[3:]) > 1:
         raise NotImplementedError(
@@ -151,7 +153,7 @@ def banded(layer: Layer, low: float = 1.0, high: float = 1.0) -> Layer:
             f"{type(layer).__name__} pads patches that do not overlap, so those at the border are cut or repeated and leave the "
             "band. Set padding=0, or use clipped for the upper bound alone."
         )
-    register(layer, Clipped(op, float(low), float(high)))
+    register(layer, Clipped(op, max_norm, float(min_norm)))
     start_inside(layer)
     return layer
 
@@ -161,20 +163,21 @@ class Clipped(nn.Module):
 
     Args:
         op: the layer's operator; of its weight only the shape is kept.
-        low, high: where singular values end. A positive `low` is for kernels of one tap.
+        max_norm, min_norm: where singular values end. A positive `min_norm` is for kernels of one tap.
     """
 
-    def __init__(self, op: KernelOperator, low: float, high: float) -> None:
+    def __init__(self, op: KernelOperator, max_norm: float, min_norm: float = 0.0) -> None:
         super().__init__()
         self.op = op.with_weight(torch.empty_like(op.weight, device="meta", requires_grad=False))
-        self.low = low
-        self.high = high
+        self.max_norm = max_norm
+        self.min_norm = min_norm
         self._is_matrix = prod(op.canonical().shape[3:]) == 1
-        self._into_ball = Rescaled(op, high, _certified)
+        self._into_ball = Rescaled(op, max_norm, _certified)
         self._memory = Memory()
 
     def __repr__(self) -> str:
-        return f"Clipped(max_norm={self.high})" if self.low == 0 else f"Clipped(low={self.low}, high={self.high})"
+        band = f", min_norm={self.min_norm}" if self.min_norm else ""
+        return f"Clipped(max_norm={self.max_norm}{band}{shown_size(self.op)})"
 
     def forward(self, weight: Tensor) -> Tensor:
         if may_follow(self, weight):
@@ -197,13 +200,14 @@ class Clipped(nn.Module):
 
     def _moved(self, weight: Tensor) -> Tensor:
         if self._is_matrix:
-            return without_autocast(lambda weight: _banded_matrix(self._wide(weight), self.low, self.high, weight.dtype), weight)
+            band = self.min_norm, self.max_norm
+            return without_autocast(lambda weight: _banded_matrix(self._wide(weight), *band, weight.dtype), weight)
         if is_functorch_wrapped_tensor(weight) and is_batchedtensor(weight):
             raise NotImplementedError(
                 "clipped looks at the values of a kernel with several taps, which torch.func.vmap does not show: "
                 "use rescaled, which holds the same bound, or call the layers one after the other."
             )
-        return unrecorded(lambda weight: _clipped_kernel(self._wide(weight), self.high, weight, self._into_ball), weight)
+        return unrecorded(lambda weight: _clipped_kernel(self._wide(weight), self.max_norm, weight, self._into_ball), weight)
 
     def _wide(self, weight: Tensor) -> KernelOperator:
         return self.op.with_weight(weight.to(at_least_float32(weight.dtype)))

@@ -9,29 +9,33 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..linalg.precision import at_least_float32
 from ..operators import ConvOperator, DenseOperator, as_operator
+from ..projections.arguments import check_max_norm
 from .block_conv import Blocks, compose, decompose
 from .remove import check_assigned, register
-from .stiefel import MAPS, in_full_precision, nearest, origin
+from .stiefel import MAPS, in_full_precision, origin, polar_factor
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _logger = logging.getLogger("spectral_hooks")
 
 
-def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
-    """Make a layer orthogonal, whatever its parameters become, zero and 1e30 alike: all its singular values are 1.
+def orthogonal(layer: Layer, max_norm: float = 1.0, *, orthogonal_map: str = "cayley") -> Layer:
+    """Make a layer orthogonal, times a gain: all its singular values are `max_norm`, whatever its parameters become.
 
-    **Linear**: `WᵀW = I` for at least as many outputs as inputs, else `WWᵀ = I`; exact up to rounding. It starts at the nearest
-    orthogonal matrix, the polar factor of the present weight.
+        weight = c Q,   QᵀQ = I  or  QQᵀ = I,   zero and 1e30 alike.
+
+    **Linear**: `QᵀQ = I` for at least as many outputs as inputs, else `QQᵀ = I`; exact up to rounding. It starts at the nearest
+    such matrix, `c` times the polar factor of the present weight.
 
     **Convolution** in any dimension, transposed too: an explicit kernel, a product of projector pairs (see `block_conv`), of any
     kernel size, stride, dilation, number of groups and of channels.
 
     - On the lattice and with circular padding (as wide as the kernel needs, sizes that the strides divide): orthogonal, exact up
       to rounding. Inputs that a stride beyond the kernel never reads count for nothing: where the others are fewer than the
-      outputs no kernel is orthogonal, and singular values are 1 on what is read and 0 on the rest; a warning is logged.
-    - With zero padding, any amount: norm at most 1, but **not** orthogonal: the border loses some of the signal.
+      outputs no kernel is orthogonal, and singular values are `c` on what is read and 0 on the rest; a warning is logged.
+    - With zero padding, any amount: norm at most `c`, but **not** orthogonal: the border loses some of the signal.
     - It starts close to a local optimum of the distance to the present kernel, found by optimizing one factor after the other.
     - Depthwise with as many outputs as inputs, stride 1: only ± a shift is orthogonal, so there is nothing left to train; a
       warning is logged.
@@ -53,8 +57,9 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
 
     Args:
         layer: a linear or convolutional layer, changed in place. Create the optimizer afterwards.
-        map: from free parameters to orthonormal columns: "cayley", "qr", "exp" or "householder", see `stiefel`. "cayley" and
-            "exp" start at zero from a buffer, with the gradient of the tangent space, and keep the determinant.
+        max_norm: all singular values, `c > 0`, a number that the weight's dtype has. It is no parameter and not trained.
+        orthogonal_map: from free parameters to orthonormal columns: "cayley", "qr", "exp" or "householder", see `stiefel`.
+            "cayley" and "exp" start at zero from a buffer, with the gradient of the tangent space, and keep the determinant.
 
     Returns:
         The layer. `sh.remove_spectral` makes it plain again.
@@ -64,8 +69,8 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
     core 0.3, 4 and 27 seconds for a 3×3 kernel of 64, 256 and 512 channels.
 
     Raises:
-        ValueError: the map is unknown; the weight is not finite, pruned, or carries a parametrization from elsewhere; reflect or
-            replicate padding, which repeats inputs.
+        ValueError: `max_norm` is no such number; the map is unknown; the weight is not finite, pruned, or carries a
+            parametrization from elsewhere; reflect or replicate padding, which repeats inputs.
         TypeError, NotImplementedError: as `as_operator`.
 
     Example:
@@ -76,56 +81,76 @@ def orthogonal(layer: Layer, map: str = "cayley") -> Layer:
         >>> bool((values - 1).abs().max() < 1e-5)
         True
         >>> layer.parametrizations.weight[0]
-        OrthogonalKernel(map='cayley'; orthogonal for circular padding, norm at most 1 for zero padding)
+        OrthogonalKernel(max_norm=1.0; all singular values for circular padding, a bound for zero padding)
 
     Source: Lezcano-Casado and Martínez-Rubio (2019); Li et al. (2019); Boissin et al. (2025).
     """
-    if map not in MAPS:
-        raise ValueError(f"`map` must be one of {', '.join(MAPS)}; got {map!r}.")
+    max_norm = check_max_norm(max_norm)
+    if orthogonal_map not in MAPS:
+        raise ValueError(f"`orthogonal_map` must be one of {', '.join(MAPS)}; got {orthogonal_map!r}.")
     op = as_operator(layer)
+    numbers = torch.finfo(op.dtype)
+    if not numbers.smallest_normal <= max_norm <= numbers.max:
+        raise ValueError(
+            f"`max_norm` must be a number of the weight's dtype, from {numbers.smallest_normal:.3g} to {numbers.max:.3g} for "
+            f"{op.dtype}; got {max_norm!r}. Use a dtype with a wider range: layer.double()."
+        )
     op.check_bounded()
     if isinstance(op, ConvOperator):
         blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
-        if all(shape[-2:] == (1, 1) for shape in blocks.shapes.values()):
-            _logger.warning("orthogonal: with one channel in and out of each group only ± a shift is left, and nothing to train")
-        read, of = blocks.columns * prod(blocks.strides), blocks.columns * prod(op.stride)
-        if read < min(blocks.rows, of):
-            verb, side = ("reaches", "outputs") if op.transposed else ("reads", "inputs")
-            _logger.warning(
-                f"orthogonal: a kernel of {blocks.taps} taps with stride {op.stride} and dilation {op.dilation} {verb} {read} of "
-                f"every {of} {side}, so none is orthogonal: singular values are 1 on these, and 0 on the other {side}"
-            )
-        return register(layer, OrthogonalKernel(blocks, map, like=op.weight))
+        _warn(op, blocks)
+        return register(layer, OrthogonalKernel(blocks, max_norm, orthogonal_map, like=op.weight))
     if isinstance(op, DenseOperator):
-        return register(layer, Orthogonal(op.weight.shape, map, like=op.weight))
+        return register(layer, Orthogonal(op.weight.shape, max_norm, orthogonal_map, like=op.weight))
     raise TypeError(f"`layer` must be linear or a convolution; got {type(layer).__name__}.")
 
 
+def _warn(op: ConvOperator, blocks: Blocks) -> None:
+    """Log where little is left to train, and where no kernel is orthogonal."""
+    if all(shape[-2:] == (1, 1) for shape in blocks.shapes.values()):
+        _logger.warning("orthogonal: with one channel in and out of each group only ± a shift is left, and nothing to train")
+    read, of = blocks.columns * prod(blocks.strides), blocks.columns * prod(op.stride)
+    if read < min(blocks.rows, of):
+        verb, side = ("reaches", "outputs") if op.transposed else ("reads", "inputs")
+        _logger.warning(
+            f"orthogonal: a kernel of {blocks.taps} taps with stride {op.stride} and dilation {op.dilation} {verb} {read} of "
+            f"every {of} {side}, so none is orthogonal: singular values are `max_norm` on these, and 0 on the other {side}"
+        )
+
+
 class Orthogonal(nn.Module):
-    """The parametrization that `orthogonal` registers for matrices: orthonormal columns, or rows of a wide one.
+    """The parametrization that `orthogonal` registers for matrices: a gain times orthonormal columns, or rows of a wide one.
 
     Args:
         shape: of the matrices, `(*batch, rows, columns)`.
-        map: as for `orthogonal`.
+        max_norm, orthogonal_map: as for `orthogonal`.
         like: for dtype and device of the buffer `base`, which "cayley" and "exp" need.
     """
 
     base: Tensor | None
 
-    def __init__(self, shape: tuple[int, ...], map: str, like: Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], max_norm: float, orthogonal_map: str, like: Tensor) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.wide = shape[-2] < shape[-1]
-        self.map = map
+        self.max_norm = max_norm
+        self.orthogonal_map = orthogonal_map
         self.distance = 0.0
         tall = (*shape[:-2], max(shape[-2:]), min(shape[-2:]))
-        self.register_buffer("base", like.new_zeros(tall, requires_grad=False) if MAPS[map][1] else None)
+        self.register_buffer("base", like.new_zeros(tall, requires_grad=False) if MAPS[orthogonal_map][1] else None)
 
     def extra_repr(self) -> str:
-        return f"map={self.map!r}"
+        return _shown(self.max_norm, self.orthogonal_map)
 
     def forward(self, x: Tensor) -> Tensor:
-        function, based = MAPS[self.map]
+        return in_full_precision(self._scaled)(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return self.frame(x) * self.max_norm
+
+    def frame(self, x: Tensor) -> Tensor:
+        """The weight over the gain."""
+        function, based = MAPS[self.orthogonal_map]
         free = (x.mT if self.wide else x,)
         frame = function(*free, self.base) if based else function(*free)
         return frame.mT if self.wide else frame
@@ -134,37 +159,39 @@ class Orthogonal(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         check_assigned(weight, self.shape)
         _check_finite(weight)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        frame = nearest(wide)
-        self.distance = _report(frame, wide)
+        wide = weight.to(at_least_float32(weight.dtype))
+        frame = polar_factor(wide)
+        self.distance = _report(frame * self.max_norm, wide)
         return self.free(frame).to(weight.dtype)
 
     @torch.no_grad()
     def free(self, frame: Tensor) -> Tensor:
-        """What is mapped to a weight that is orthonormal; `base` becomes that weight."""
-        x, base = origin(self.map, frame.mT if self.wide else frame)
+        """What is mapped to an orthonormal frame; `base` becomes that frame."""
+        x, base = origin(self.orthogonal_map, frame.mT if self.wide else frame)
         if self.base is not None and base is not None:
             self.base.copy_(base)
         return (x.mT if self.wide else x).contiguous()
 
 
 class OrthogonalKernel(nn.Module):
-    """The parametrization that `orthogonal` registers for convolutions: `compose` of factors, each from a map of its own.
+    """The parametrization that `orthogonal` registers for convolutions: a gain times `compose` of factors, each from its own map.
 
     Args:
         blocks: the sizes of the factors.
-        map, like: as for `Orthogonal`.
+        max_norm, orthogonal_map, like: as for `Orthogonal`.
     """
 
-    def __init__(self, blocks: Blocks, map: str, like: Tensor) -> None:
+    def __init__(self, blocks: Blocks, max_norm: float, orthogonal_map: str, like: Tensor) -> None:
         super().__init__()
         self.blocks = blocks
-        self.map = map
+        self.max_norm = max_norm
+        self.orthogonal_map = orthogonal_map
         self.distance = 0.0
-        self.parts = nn.ModuleDict({name: Orthogonal(shape, map, like) for name, shape in blocks.shapes.items()})
+        self.parts = nn.ModuleDict({name: Orthogonal(shape, 1.0, orthogonal_map, like) for name, shape in blocks.shapes.items()})
 
     def __repr__(self) -> str:
-        return f"OrthogonalKernel(map={self.map!r}; orthogonal for circular padding, norm at most 1 for zero padding)"
+        shown = _shown(self.max_norm, self.orthogonal_map)
+        return f"OrthogonalKernel({shown}; all singular values for circular padding, a bound for zero padding)"
 
     def _parts(self) -> list[tuple[str, Orthogonal]]:
         return list(cast(Any, self.parts).items())
@@ -173,17 +200,22 @@ class OrthogonalKernel(nn.Module):
         return in_full_precision(self._composed)(*free)
 
     def _composed(self, *free: Tensor) -> Tensor:
-        return compose(self.blocks, {name: part(x) for (name, part), x in zip(self._parts(), free, strict=True)})
+        frames = {name: part.frame(x) for (name, part), x in zip(self._parts(), free, strict=True)}
+        return compose(self.blocks, frames) * self.max_norm
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         blocks = self.blocks
         check_assigned(weight, (blocks.groups * blocks.rows, blocks.columns, *blocks.taps))
         _check_finite(weight)
-        found = decompose(self.blocks, weight)
-        self.distance = _report(compose(self.blocks, found), weight)
+        found = decompose(blocks, weight, self.max_norm)
+        self.distance = _report(compose(blocks, found) * self.max_norm, weight)
         free = tuple(part.free(found[name]).to(weight.dtype) for name, part in self._parts())
         return free[0] if len(free) == 1 else free
+
+
+def _shown(max_norm: float, orthogonal_map: str) -> str:
+    return f"max_norm={max_norm}" + ("" if orthogonal_map == "cayley" else f", orthogonal_map={orthogonal_map!r}")
 
 
 def _check_finite(weight: Tensor) -> None:

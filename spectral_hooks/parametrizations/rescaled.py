@@ -75,7 +75,7 @@ def rescaled(
 
     Source: Gouk, Frank, Pfahringer and Cree (2018), who scale after the step and by power iteration.
     """
-    check_max_norm(max_norm)
+    max_norm = check_max_norm(max_norm)
     if bound is not None and not callable(bound):
         raise TypeError(f"`bound` must be a function of an operator, as those of sh.bounds; got {bound!r}.")
     op = bounded_operator(layer, input_size)
@@ -98,6 +98,12 @@ def bounded_operator(layer: nn.Module, input_size: int | Sequence[int] | None) -
     return op
 
 
+def shown_size(op: KernelOperator) -> str:
+    """The input size at which a bound holds, if not at every one."""
+    size = getattr(op, "input_size", None)
+    return "" if size is None else f", input_size={size}"
+
+
 @torch.no_grad()
 def _check_is_bound(bound: Bound, op: KernelOperator) -> None:
     """Refuse what falls below the norm of a single row of ones, or of a column of another size."""
@@ -114,9 +120,8 @@ def _check_is_bound(bound: Bound, op: KernelOperator) -> None:
         value = float(bound(op.with_weight(weight)))
         if not value >= norm * (1 - 1e-6):
             raise ValueError(
-                "`bound` must never fall below the spectral norm, as those of sh.bounds for the default `ord` (and without "
-                f"padding, which is a factor that each of them applies); got {bound!r}, which gives {value:.4g} for a weight of "
-                f"norm {norm:.4g}."
+                "`bound` must never fall below the spectral norm, as those of sh.bounds as they stand; got "
+                f"{bound!r}, which gives {value:.4g} for a weight of norm {norm:.4g}."
             )
 
 
@@ -136,7 +141,8 @@ class Rescaled(nn.Module):
         self._memory = Memory()
 
     def extra_repr(self) -> str:
-        return f"max_norm={self.max_norm}"
+        name = getattr(self.bound, "__name__", repr(self.bound))
+        return f"max_norm={self.max_norm}" + ("" if self.bound is quick else f", bound={name}") + shown_size(self.op)
 
     def forward(self, weight: Tensor) -> Tensor:
         made = self._followed if may_follow(self, weight) else self._rescaled

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ..linalg.precision import exact
 from ..operators.base import is_whole
-from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar, polished
+from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar_factor, polished
 
 
 def check_blocks(blocks: int, channels: int, side: str) -> None:
@@ -142,10 +142,10 @@ def _factors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
             u, _, vh = torch.linalg.svd(met[to, :, source])
             u, vh = u[:, : len(rows)], vh[: len(rows)]
             # any rotation between the two will do: one that takes the identity to identities
-            turn = polar(vh[:, rows]).mT
+            turn = polar_factor(vh[:, rows]).mT
             left[to][:, places] = u @ turn.mT
             right[source][rows] = turn @ vh
-    return polar(left), polar(right)
+    return polar_factor(left), polar_factor(right)
 
 
 def _dense(sides: Tensor, k: int) -> Tensor:

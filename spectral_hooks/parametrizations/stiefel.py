@@ -245,22 +245,18 @@ def inverse_cayley(frame: Tensor, base: Tensor | None = None) -> Tensor:
     return u if p == q else base @ u + (frame - base @ top) @ b / 4
 
 
-def polar(x: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns, `UVᵀ` of `x = UΣVᵀ`; computed in float64, differentiable where unique.
+def polar_factor(x: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns, or rows of a wide one: `UVᵀ` of `x = UΣVᵀ`, whatever the length of `x`.
+
+    In float64, differentiable where it is unique. `skew` has one with a finite derivative everywhere.
 
     Args:
-        x: `(*batch, p, q)`, `p ≥ q`. Where its rank is less than `q`, one of many nearest ones.
+        x: `(*batch, p, q)`. Where its rank is less than `min(p, q)`, one of many nearest ones.
 
     Source: Fan and Hoffman (1955).
     """
-    wide = x.to(widest(x.device))
-    u, _, vh = torch.linalg.svd(wide, full_matrices=False)
+    u, _, vh = torch.linalg.svd(x.to(widest(x.device)), full_matrices=False)
     return (u @ vh).to(x.dtype)
-
-
-def nearest(x: Tensor) -> Tensor:
-    """`polar` for any shape: orthonormal columns of a tall matrix, rows of a wide one."""
-    return polar(x) if x.shape[-2] >= x.shape[-1] else polar(x.mT).mT
 
 
 def lengths(v: Tensor) -> Tensor:

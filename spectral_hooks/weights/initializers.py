@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..operators import ConvOperator, as_operator
+from ..operators.base import is_number
 from ..parametrizations.block_conv import Blocks, compose
-from ..parametrizations.stiefel import nearest
+from ..parametrizations.stiefel import polar_factor
 from .writing import write_
 
 
@@ -23,14 +25,15 @@ def orthogonal_(layer: nn.Module, gain: float = 1.0, *, generator: torch.Generat
 
     Args:
         layer: linear or convolutional, of any stride, dilation and groups; the bias stays.
-        gain: the singular values.
+        gain: the singular values, `≥ 0`.
         generator: where the randomness comes from.
 
     Returns:
         The layer.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `as_operator`; padding that repeats inputs.
+        ValueError: `gain` is no such number; padding that repeats inputs.
+        ValueError, TypeError, NotImplementedError: as `as_operator`.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -42,6 +45,7 @@ def orthogonal_(layer: nn.Module, gain: float = 1.0, *, generator: torch.Generat
 
     Source: Saxe, McClelland and Ganguli (2014); kernels: Li et al. (2019).
     """
+    gain = _check_gain(gain)
     op = as_operator(layer)
     op.check_bounded()
     if isinstance(op, ConvOperator):
@@ -63,14 +67,15 @@ def delta_orthogonal_(layer: nn.Module, gain: float = 1.0, *, generator: torch.G
 
     Args:
         layer: a convolution, or a linear layer, for which this is `orthogonal_`; the bias stays.
-        gain: the singular values.
+        gain: the singular values, `≥ 0`.
         generator: where the randomness comes from.
 
     Returns:
         The layer.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `as_operator`; padding that repeats inputs.
+        ValueError: `gain` is no such number; padding that repeats inputs.
+        ValueError, TypeError, NotImplementedError: as `as_operator`.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -82,6 +87,7 @@ def delta_orthogonal_(layer: nn.Module, gain: float = 1.0, *, generator: torch.G
 
     Source: Xiao, Bahri, Sohl-Dickstein, Schoenholz and Pennington (2018).
     """
+    gain = _check_gain(gain)
     op = as_operator(layer)
     if not isinstance(op, ConvOperator):
         return orthogonal_(layer, gain, generator=generator)
@@ -146,7 +152,13 @@ def jacobian_singular_values(model: nn.Module, example: Tensor) -> Tensor:
     return torch.linalg.svdvals(jacobian.to(torch.promote_types(jacobian.dtype, torch.float32)))
 
 
+def _check_gain(gain: float) -> float:
+    if not is_number(gain) or not (isfinite(gain) and gain >= 0):
+        raise ValueError(f"`gain` must be a finite number, 0 or more: it is the singular values; got {gain!r}.")
+    return float(gain)
+
+
 def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform among the matrices with orthonormal rows or columns: the polar factor of a Gaussian one."""
     device = like.device if generator is None else generator.device
-    return nearest(torch.randn(shape, dtype=torch.float64, generator=generator, device=device)).to(like.device)
+    return polar_factor(torch.randn(shape, dtype=torch.float64, generator=generator, device=device)).to(like.device)

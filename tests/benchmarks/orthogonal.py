@@ -109,7 +109,7 @@ def operator_error(layer: Any, size: int) -> float:
 def dense() -> None:
     x = torch.randn(BATCH, 512)
     print("\nLinear 512 → 512           ‖QᵀQ - I‖ float32     float64   ms, step   ratio to torch's cayley")
-    layers = {name: orthogonal(nn.Linear(512, 512), name) for name in MAPS}
+    layers = {name: orthogonal(nn.Linear(512, 512), orthogonal_map=name) for name in MAPS}
     peers = {f"torch {name}": torchs.orthogonal(nn.Linear(512, 512), orthogonal_map=name) for name in ("cayley", "householder")}
     if geotorch:
         peers["geotorch"] = nn.Linear(512, 512)
@@ -119,7 +119,7 @@ def dense() -> None:
     for (name, layer), milliseconds in zip({**layers, **peers}.items(), times, strict=True):
         single = matrix_error(train(layer, x))
         if name in layers and name != "exp":
-            double = f"{matrix_error(train(orthogonal(nn.Linear(512, 512).double(), name), x.double())):.1e}"
+            double = f"{matrix_error(train(orthogonal(nn.Linear(512, 512).double(), orthogonal_map=name), x.double())):.1e}"
         else:
             double = "-"
         print(f"{name:<26}{single:>21.1e}{double:>12}{milliseconds:>11.1f}{milliseconds / reference:>12.2f}")
@@ -131,7 +131,7 @@ def tall() -> None:
     for name in MAPS:
         layer = nn.Linear(50, 30000)
         began = time.process_time()
-        orthogonal(layer, name)
+        orthogonal(layer, orthogonal_map=name)
         start = time.process_time() - began
         (milliseconds,) = medians(step(layer, x))
         print(f"{name:<26}{matrix_error(layer):>21.1e}{start:>11.2f}{milliseconds / 1e3:>11.2f}")

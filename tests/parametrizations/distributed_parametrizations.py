@@ -34,9 +34,9 @@ def conv(padding_mode: str = "zeros") -> nn.Conv2d:
 #: Channels that two processes cannot share evenly.
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "orthogonal matrix": lambda: make.orthogonal(nn.Linear(7, 5)),
-    "orthogonal matrix by qr": lambda: make.orthogonal(nn.Linear(5, 7), "qr"),
+    "orthogonal matrix by qr": lambda: make.orthogonal(nn.Linear(5, 7), orthogonal_map="qr"),
     "orthogonal kernel": lambda: make.orthogonal(conv()),
-    "orthogonal stem": lambda: make.orthogonal(nn.Conv2d(1, 5, 3, 2, padding=1), "householder"),
+    "orthogonal stem": lambda: make.orthogonal(nn.Conv2d(1, 5, 3, 2, padding=1), orthogonal_map="householder"),
     "skew": lambda: make.skew(conv()),
     "cayley": lambda: make.cayley(conv("circular")),
     "conv_norm": lambda: make.conv_norm(conv("circular")),
@@ -46,7 +46,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "rescaled": lambda: make.rescaled(conv(), 0.8),
     "clipped kernel": lambda: make.clipped(conv(), 0.8),
     "clipped matrix": lambda: make.clipped(nn.Linear(7, 5), 0.4),
-    "banded": lambda: make.banded(nn.Linear(7, 5), 0.5, 0.6),
+    "banded": lambda: make.banded(nn.Linear(7, 5), 0.6, min_norm=0.5),
 }
 
 

@@ -18,7 +18,7 @@ BOUNDING = {
     "rescaled": rescaled,
     "rescaled by cosine_grid": partial(rescaled, bound=sh.bounds.cosine_grid),
     "clipped": clipped,
-    "banded": partial(banded, low=0.0, high=1.0),
+    "banded": partial(banded, min_norm=0.0),
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: nn.Linear(6, 6, bias=False),
@@ -130,7 +130,7 @@ def test_an_optimum_on_the_sphere_is_that_of_the_hook(function: str) -> None:
 
 
 def test_banded_leaves_the_lower_end_too() -> None:
-    made = banded(nn.Linear(6, 6, bias=False), low=0.2, high=1.0)
+    made = banded(nn.Linear(6, 6, bias=False), min_norm=0.2)
     with torch.no_grad():
         original(made).copy_(1e-3 * torch.eye(6))
     train(made, torch.optim.SGD(made.parameters(), lr=1.0), "dense", 80, to_half)
@@ -213,7 +213,7 @@ def test_the_bound_and_finite_gradients_at_every_scale(shape: str, function: str
     bounds = (1.0, 1e-12) if shape in ("matrix", "conv") and dtype != torch.float16 else (1.0,)
     for bound in bounds:
         layer = SHAPES[shape]().to(dtype)
-        made = banded(layer, 0.0, bound) if function == "banded" else BOUNDING[function](layer, bound)
+        made = banded(layer, bound, min_norm=0.0) if function == "banded" else BOUNDING[function](layer, bound)
         for name, fill in FILLS.items():
             for gain in [0.0, *(10.0**p for p in powers)]:
                 weight = (fill(original(made)) * gain).to(dtype)

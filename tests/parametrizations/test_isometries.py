@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import spectral_hooks as sh
-from spectral_hooks.parametrizations.stiefel import FAR, MAPS, bounded, cayley_transform, householder, polar, qr
+from spectral_hooks.parametrizations.stiefel import FAR, MAPS, bounded, cayley_transform, householder, polar_factor, qr
 
 P = sh.parametrizations
 
@@ -26,13 +26,13 @@ SHAPES = [(1, 1), (6, 1), (2, 2), (5, 5), (12, 5), (2, 7, 3), (80, 24)]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "orthogonal tall": (lambda: P.orthogonal(nn.Linear(3, 5, bias=False)), (3,)),
     "orthogonal row": (lambda: P.orthogonal(nn.Linear(6, 1, bias=False)), (6,)),
-    "orthogonal exp": (lambda: P.orthogonal(nn.Linear(7, 4, bias=False), "exp"), (7,)),
-    "orthogonal qr": (lambda: P.orthogonal(nn.Linear(4, 4, bias=False), "qr"), (4,)),
-    "orthogonal householder": (lambda: P.orthogonal(nn.Linear(4, 6, bias=False), "householder"), (4,)),
+    "orthogonal exp": (lambda: P.orthogonal(nn.Linear(7, 4, bias=False), orthogonal_map="exp"), (7,)),
+    "orthogonal qr": (lambda: P.orthogonal(nn.Linear(4, 4, bias=False), orthogonal_map="qr"), (4,)),
+    "orthogonal householder": (lambda: P.orthogonal(nn.Linear(4, 6, bias=False), orthogonal_map="householder"), (4,)),
     "kernel cayley": (lambda: P.orthogonal(circular(4, 6)), (4, 6, 4)),
-    "kernel exp": (lambda: P.orthogonal(circular(4, 4), "exp"), (4, 6, 4)),
-    "kernel qr": (lambda: P.orthogonal(circular(6, 4, groups=2), "qr"), (6, 6, 4)),
-    "kernel householder": (lambda: P.orthogonal(circular(2, 9, stride=2), "householder"), (2, 6, 4)),
+    "kernel exp": (lambda: P.orthogonal(circular(4, 4), orthogonal_map="exp"), (4, 6, 4)),
+    "kernel qr": (lambda: P.orthogonal(circular(6, 4, groups=2), orthogonal_map="qr"), (6, 6, 4)),
+    "kernel householder": (lambda: P.orthogonal(circular(2, 9, stride=2), orthogonal_map="householder"), (2, 6, 4)),
     "skew": (lambda: P.skew(nn.Conv2d(4, 4, 3, padding=1, bias=False)), (4, 5, 6)),
     "skew wide": (lambda: P.skew(nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False)), (6, 5, 4)),
     "skew stride": (lambda: P.skew(nn.Conv1d(2, 5, 4, stride=2, padding=1, bias=False)), (2, 12)),
@@ -116,7 +116,7 @@ def weighed(y: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MAPS)
 def test_columns_are_orthonormal_at_every_scale(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     function, based = MAPS[name]
-    for start in [(), (polar(seeded(*shape, seed=5)).to(dtype),)][: 1 + based]:
+    for start in [(), (polar_factor(seeded(*shape, seed=5)).to(dtype),)][: 1 + based]:
         for kind in KINDS:
             for scale in SCALES:
                 x = (scale * of_kind(kind, shape)).to(dtype).requires_grad_()
@@ -158,7 +158,7 @@ def test_parameters_in_half_precision_are_off_by_the_cast_alone(name: str, dtype
 @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 20), lambda: nn.Conv2d(4, 8, 3)], ids=["matrix", "kernel"])
 def test_training_at_any_rate_keeps_it(make: Callable[[], nn.Module], map: str) -> None:
     torch.manual_seed(0)
-    layer = P.orthogonal(make(), map)
+    layer = P.orthogonal(make(), orthogonal_map=map)
     x = seeded(4, *((8,) if isinstance(layer, nn.Linear) else (4, 6, 6))).float()
     for rate in (1.0, 30.0, 1e4, 1e8):
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate)
@@ -292,7 +292,7 @@ def test_a_start_of_every_scale(make: Callable[[], nn.Module], dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
-        *((lambda map=map: P.orthogonal(nn.Linear(4, 6), map), (6, 5)) for map in MAPS),
+        *((lambda map=map: P.orthogonal(nn.Linear(4, 6), orthogonal_map=map), (6, 5)) for map in MAPS),
         (lambda: P.orthogonal(nn.Linear(4, 6)), (4, 6)),
         (lambda: P.orthogonal(nn.Conv2d(4, 6, 3)), (6, 4, 5, 5)),
         (lambda: P.orthogonal(nn.Conv2d(4, 6, 3)), (6, 36)),
@@ -331,7 +331,7 @@ def test_a_geometry_without_an_orthogonal_kernel_is_told(transposed: bool, caplo
             caplog.clear()
             kind = nn.ConvTranspose1d if transposed else nn.Conv1d
             layer = kind(inputs, outputs, taps, stride=stride, dilation=dilation, dtype=torch.float64)
-            found = sh.as_operator(P.orthogonal(layer, "qr")).circular(12).to_dense().detach()
+            found = sh.as_operator(P.orthogonal(layer, orthogonal_map="qr")).circular(12).to_dense().detach()
             values = torch.linalg.svdvals(found)
             ones, zeros = (values - 1).abs() <= 1e-10, values <= 1e-10
             assert bool((ones | zeros).all())
@@ -355,8 +355,11 @@ def test_the_memory_format_is_that_of_the_input(blocks: int, taps: int) -> None:
 
 #: One of each family and map.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    **{f"matrix {map}": (lambda map=map: P.orthogonal(nn.Linear(6, 4), map), (6,)) for map in MAPS},
-    **{f"kernel {map}": (lambda map=map: P.orthogonal(nn.Conv2d(4, 6, 3, padding=1), map), (4, 6, 6)) for map in MAPS},
+    **{f"matrix {map}": (lambda map=map: P.orthogonal(nn.Linear(6, 4), orthogonal_map=map), (6,)) for map in MAPS},
+    **{
+        f"kernel {map}": (lambda map=map: P.orthogonal(nn.Conv2d(4, 6, 3, padding=1), orthogonal_map=map), (4, 6, 6))
+        for map in MAPS
+    },
     "skew": (lambda: P.skew(nn.Conv2d(4, 6, 3, padding=1)), (4, 6, 6)),
     "cayley": (lambda: P.cayley(nn.Conv2d(4, 6, 3, padding=1)), (4, 6, 6)),
     "skew transposed": (lambda: P.skew(nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), 0.5), (4, 3, 5)),

@@ -26,9 +26,8 @@ from spectral_hooks.parametrizations.stiefel import (
     exponential,
     householder,
     inverse_cayley,
-    nearest,
     origin,
-    polar,
+    polar_factor,
     qr,
 )
 from spectral_hooks.weights.initializers import delta_orthogonal_, orthogonal_
@@ -61,7 +60,7 @@ def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def made(name: str, map: str = "cayley", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    return orthogonal(LAYERS[name]().to(dtype), map)
+    return orthogonal(LAYERS[name]().to(dtype), orthogonal_map=map)
 
 
 @torch.no_grad()
@@ -103,7 +102,7 @@ def apply(name: str, x: Tensor, base: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("name", MAPS)
 def test_columns_are_orthonormal(name: str, shape: tuple[int, ...]) -> None:
     for size in (1e-3, 1.0, 10.0):
-        base = polar(seeded(*shape, seed=5))
+        base = polar_factor(seeded(*shape, seed=5))
         for start in (None, base):
             frame = apply(name, size * seeded(*shape), start)
             assert frame.shape == shape
@@ -126,7 +125,7 @@ def test_columns_are_orthonormal_in_float32_and_below(name: str) -> None:
 @pytest.mark.parametrize("shape", [(5, 5), (7, 3), (6, 5), (4, 1)], ids=str)
 def test_cayley_and_exponential_are_what_they_are_of_the_large_skew_matrix(shape: tuple[int, int]) -> None:
     """The definition, with the `p × p` matrix that is never made."""
-    x, base = seeded(*shape), polar(seeded(*shape, seed=1))
+    x, base = seeded(*shape), polar_factor(seeded(*shape, seed=1))
     if shape[0] == shape[1]:
         skew = base @ ((x - x.T) / 2) @ base.T
     else:
@@ -153,7 +152,7 @@ def test_householder_is_a_product_of_reflections_and_qr_that_of_gram_schmidt() -
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (4, 4), (5, 2), (2, 4, 3)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
 def test_gradients(name: str, shape: tuple[int, ...]) -> None:
-    base = polar(seeded(*shape, seed=1))
+    base = polar_factor(seeded(*shape, seed=1))
     assert torch.autograd.gradcheck(lambda x: apply(name, x, base), seeded(*shape).requires_grad_())
     start, _ = origin(name, base)
     assert torch.autograd.gradcheck(lambda x: apply(name, x, base), start.requires_grad_())
@@ -162,7 +161,7 @@ def test_gradients(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", FRAMES, ids=str)
 @pytest.mark.parametrize("name", MAPS)
 def test_origin_is_mapped_to_its_frame(name: str, shape: tuple[int, ...]) -> None:
-    frame = polar(seeded(*shape))
+    frame = polar_factor(seeded(*shape))
     for flip in (1, -1):  # square ones of both determinants
         target = frame * torch.cat([torch.tensor([flip]), torch.ones(shape[-1] - 1)]).to(frame)
         x, base = origin(name, target)
@@ -172,7 +171,7 @@ def test_origin_is_mapped_to_its_frame(name: str, shape: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("shape", [(3, 3), (6, 2), (2, 5, 4)], ids=str)
 def test_inverse_of_cayley(shape: tuple[int, ...]) -> None:
-    base = polar(seeded(*shape, seed=1))
+    base = polar_factor(seeded(*shape, seed=1))
     for start in (None, base):
         frame = cayley_transform(seeded(*shape), start)
         torch.testing.assert_close(cayley_transform(inverse_cayley(frame, start), start), frame)
@@ -180,7 +179,7 @@ def test_inverse_of_cayley(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["cayley", "exp"])
 def test_the_derivative_at_the_start_is_the_projection_on_the_tangent_space(name: str) -> None:
-    base, x = polar(seeded(6, 3, seed=1)), seeded(6, 3)
+    base, x = polar_factor(seeded(6, 3, seed=1)), seeded(6, 3)
     _, derivative = torch.func.jvp(lambda z: apply(name, z, base), (torch.zeros_like(x),), (x,))
     torch.testing.assert_close(derivative, x - base @ (base.T @ x + x.T @ base) / 2)
 
@@ -194,7 +193,7 @@ def test_linear_starts_at_the_nearest_and_stays_orthogonal(name: str, shape: tup
     torch.manual_seed(0)
     layer = nn.Linear(shape[1], shape[0], dtype=torch.float64)
     weight = layer.weight.detach().clone()
-    assert orthogonal(layer, name) is layer
+    assert orthogonal(layer, orthogonal_map=name) is layer
     u, _, vh = torch.linalg.svd(weight, full_matrices=False)
     torch.testing.assert_close(layer.weight, u @ vh)
     assert layer.parametrizations.weight[0].distance == pytest.approx(float((u @ vh - weight).norm() / weight.norm()))
@@ -205,7 +204,7 @@ def test_linear_starts_at_the_nearest_and_stays_orthogonal(name: str, shape: tup
 
 @pytest.mark.parametrize("name", MAPS)
 def test_training_keeps_a_matrix_orthogonal(name: str) -> None:
-    layer = orthogonal(nn.Linear(96, 96), name)
+    layer = orthogonal(nn.Linear(96, 96), orthogonal_map=name)
     x, y = seeded(16, 96, dtype=torch.float32), seeded(16, 96, seed=1, dtype=torch.float32)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     losses = []
@@ -221,7 +220,7 @@ def test_training_keeps_a_matrix_orthogonal(name: str) -> None:
 
 def test_a_very_tall_matrix_makes_none_of_its_height_squared() -> None:
     for name in MAPS:
-        layer = orthogonal(nn.Linear(50, 30_000), name)  # 3.6 GB otherwise
+        layer = orthogonal(nn.Linear(50, 30_000), orthogonal_map=name)  # 3.6 GB otherwise
         layer(torch.ones(1, 50)).sum().backward()
         assert error_of(layer.weight.detach().double()) <= 5e-6
 
@@ -238,7 +237,7 @@ def test_weights_without_a_unique_nearest_one() -> None:
 
 @pytest.mark.parametrize("case", GEOMETRIES[::4] + FEW, ids=str)
 def test_kernels_are_orthogonal_when_circular_and_inside_when_padded_with_zeros(case: Case) -> None:
-    layer = shaken(orthogonal(case.layer(), "qr"))
+    layer = shaken(orthogonal(case.layer(), orthogonal_map="qr"))
     weight = layer.weight.detach()
     assert weight.shape == case.layer().weight.shape
     if case.mode == "zeros":
@@ -326,7 +325,7 @@ def test_a_kernel_with_one_tap_starts_as_it_is() -> None:
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_feasible_kernels_come_back(case: Case) -> None:
     for dtype in (torch.float64, torch.float32):
-        weight = shaken(orthogonal(case.layer(dtype), "qr")).weight.detach().clone()
+        weight = shaken(orthogonal(case.layer(dtype), orthogonal_map="qr")).weight.detach().clone()
         layer = orthogonal(case.layer(dtype))
         layer.weight = weight
         torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-5)
@@ -373,7 +372,7 @@ def test_feasible_stems_come_back(name: str, dtype: torch.dtype) -> None:
 def test_a_stem_that_is_a_window_of_its_kernel_comes_back() -> None:
     """The Gram matrix has then the rank of the inputs alone; rounding of float32 must not fill the rest."""
     weight = torch.zeros(24, 3, 4, 4)
-    weight[:, :, 1:3, 1:3] = polar(seeded(24, 12)).float().reshape(24, 3, 2, 2)
+    weight[:, :, 1:3, 1:3] = polar_factor(seeded(24, 12)).float().reshape(24, 3, 2, 2)
     layer = orthogonal(nn.Conv2d(3, 24, 4, 2))
     layer.weight = weight
     torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-6)
@@ -413,8 +412,8 @@ def test_infeasible_weights_go_to_the_nearest_and_say_how_far(caplog: pytest.Log
     layer, weight = made("tall", dtype=torch.float64), seeded(5, 3)
     with caplog.at_level(logging.INFO, logger="spectral_hooks"):
         layer.weight = weight
-    torch.testing.assert_close(layer.weight, polar(weight))
-    distance = float((polar(weight) - weight).norm() / weight.norm())
+    torch.testing.assert_close(layer.weight, polar_factor(weight))
+    distance = float((polar_factor(weight) - weight).norm() / weight.norm())
     assert layer.parametrizations.weight[0].distance == pytest.approx(distance)
     assert f"{distance:.2g}" in caplog.text
 
@@ -503,13 +502,14 @@ def test_on_the_meta_device(name: str) -> None:
 def test_another_call_takes_over_and_the_report_tells() -> None:
     layer = shaken(made("kernel"))
     weight = layer.weight.detach().clone()
-    orthogonal(layer, "qr")
+    orthogonal(layer, orthogonal_map="qr")
     torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-5)
     assert len(layer.parametrizations.weight) == 1
     report = spectral_report(nn.Sequential(layer, made("wide")))
     assert report == {
-        "0": "OrthogonalKernel(map='qr'; orthogonal for circular padding, norm at most 1 for zero padding)",
-        "1": "Orthogonal(map='cayley')",
+        "0": "OrthogonalKernel(max_norm=1.0, orthogonal_map='qr'; all singular values for circular padding, a bound for zero "
+        "padding)",
+        "1": "Orthogonal(max_norm=1.0)",
     }
 
 
@@ -519,7 +519,7 @@ def test_in_a_model_of_timm() -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 3))
-    model = apply_spectral(model, orthogonal, layers=["0", "4"], map="qr")
+    model = apply_spectral(model, orthogonal, layers=["0", "4"], orthogonal_map="qr")
     assert spectral_report(model).keys() == {"0", "2", "4"}
     assert spectral_report(model)["2"].startswith("none")
     assert model(torch.ones(1, 3, 8, 8)).shape == (1, 3)
@@ -528,8 +528,8 @@ def test_in_a_model_of_timm() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="`map` must be one of cayley, qr, exp, householder; got 'polar'"):
-        orthogonal(nn.Linear(2, 2), "polar")
+    with pytest.raises(ValueError, match="`orthogonal_map` must be one of cayley, qr, exp, householder; got 'polar'"):
+        orthogonal(nn.Linear(2, 2), orthogonal_map="polar")
     with pytest.raises(TypeError, match="ReLU"):
         orthogonal(nn.ReLU())
     with pytest.raises(ValueError, match="reflect padding repeats"):
@@ -552,9 +552,9 @@ def test_depthwise_without_freedom_is_told(caplog: pytest.LogCaptureFixture) -> 
 
 def test_nearest_of_any_shape() -> None:
     for shape in MATRICES:
-        frame = nearest(seeded(*shape))
+        frame = polar_factor(seeded(*shape))
         assert error_of(frame if shape[0] >= shape[1] else frame.mT) <= 1e-12
-    assert prod(nearest(seeded(2, 0, 3)).shape) == 0
+    assert prod(polar_factor(seeded(2, 0, 3)).shape) == 0
 
 
 # -- the example -----------------------------------------------------------------------------------------------------------

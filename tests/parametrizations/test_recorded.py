@@ -21,7 +21,7 @@ LAYERS = {
     "rescaled matrix": lambda: P.rescaled(nn.Linear(8, 6), 0.3),
     "clipped": lambda: P.clipped(nn.Conv2d(4, 4, 3, padding=1), 0.5),
     "clipped matrix": lambda: P.clipped(nn.Linear(8, 6), 0.3),
-    "banded": lambda: P.banded(nn.Linear(8, 6), 0.4, 0.5),
+    "banded": lambda: P.banded(nn.Linear(8, 6), 0.5, min_norm=0.4),
     "orthogonal": lambda: P.orthogonal(nn.Conv2d(4, 4, 3, padding=1)),
     "skew": lambda: P.skew(nn.Conv2d(4, 4, 3, padding=1)),
     "cayley": lambda: P.cayley(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
