@@ -21,6 +21,7 @@ from ..operators.base import KernelOperator, is_number
 from ..projections.arguments import check_max_norm
 from ..projections.frequencies import FrequencyGrid
 from ..projections.outside import TOLERANCE
+from .arguments import check_reachable
 from .differentiable import banded_values, excess
 from .following import At, may_follow, start_inside
 from .memory import Memory
@@ -142,6 +143,8 @@ def banded(layer: Layer, max_norm: float = 1.0, *, min_norm: float | None = None
     if not is_number(min_norm) or not 0 <= min_norm <= max_norm:
         raise ValueError(f"`min_norm` must lie in [0, {max_norm}], up to `max_norm`, or be None for that; got {min_norm!r}.")
     op = as_operator(layer)
+    if min_norm:
+        check_reachable("max_norm" if min_norm == max_norm else "min_norm", min_norm, op.dtype)
     if prod(op.canonical().shape[3:]) > 1:
         raise NotImplementedError(
             f"{type(layer).__name__} has overlapping patches: what is raised at every frequency falls again with the crop to the "
@@ -216,7 +219,8 @@ class Clipped(nn.Module):
 def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dtype) -> Tensor:
     """For a canonical kernel of one tap; in `dtype` it is still inside."""
     kernel = op.canonical()
-    high = high / op.lattice_factor
+    # what float32 has no number for, nothing reaches
+    high = min(high / op.lattice_factor, torch.finfo(kernel.dtype).max / 2)
     rounding = torch.finfo(kernel.dtype).eps * _ROUNDINGS
     if dtype != kernel.dtype:
         rounding += torch.finfo(dtype).eps / 2

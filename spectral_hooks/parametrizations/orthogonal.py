@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..linalg.precision import at_least_float32
 from ..operators import ConvOperator, DenseOperator, as_operator
 from ..projections.arguments import check_max_norm
+from .arguments import check_reachable
 from .block_conv import Blocks, compose, decompose
 from .remove import check_assigned, register
 from .stiefel import MAPS, in_full_precision, origin, polar_factor
@@ -89,13 +90,8 @@ def orthogonal(layer: Layer, max_norm: float = 1.0, *, orthogonal_map: str = "ca
     if orthogonal_map not in MAPS:
         raise ValueError(f"`orthogonal_map` must be one of {', '.join(MAPS)}; got {orthogonal_map!r}.")
     op = as_operator(layer)
-    numbers = torch.finfo(op.dtype)
-    if not numbers.smallest_normal <= max_norm <= numbers.max:
-        raise ValueError(
-            f"`max_norm` must be a number of the weight's dtype, from {numbers.smallest_normal:.3g} to {numbers.max:.3g} for "
-            f"{op.dtype}; got {max_norm!r}. Use a dtype with a wider range: layer.double()."
-        )
     op.check_bounded()
+    check_reachable("max_norm", max_norm, op.dtype)
     if isinstance(op, ConvOperator):
         blocks = Blocks.of(op.weight.shape, op.groups, op.stride, op.dilation)
         _warn(op, blocks)

@@ -6,6 +6,7 @@ import copy
 import io
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from cases import CONVS, FEW_CONVS, MATRICES, Case, apply_to_identity, traces_copies
@@ -328,6 +329,9 @@ def test_registers_like_the_others(function, name: str) -> None:
 
 def test_names_in_a_report() -> None:
     assert repr(clipped(made("3×3"), 0.5).parametrizations.weight[0]) == "Clipped(max_norm=0.5)"
+    layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+    assert repr(clipped(layer, 0.5, input_size=6).parametrizations.weight[0]) == "Clipped(max_norm=0.5, input_size=(6, 6))"
+    assert repr(banded(made("matrix"), min_norm=0.0).parametrizations.weight[0]) == "Clipped(max_norm=1.0)"
     assert repr(banded(made("matrix"), 2, min_norm=0.5).parametrizations.weight[0]) == "Clipped(max_norm=2.0, min_norm=0.5)"
 
 
@@ -407,6 +411,55 @@ def test_refuses_bands(min_norm) -> None:
     with pytest.raises(ValueError, match=r"`min_norm` must lie in \[0, 1.0\]"):
         banded(layer, min_norm=min_norm)
     assert not parametrize.is_parametrized(layer)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("value", [1e-20, 0.3, 1e20])
+def test_a_band_without_a_lower_end_is_one_value(name: str, value: float) -> None:
+    for layer in (banded(made(name), value), banded(made(name), value, min_norm=value)):
+        values = torch.linalg.svdvals(matrices(layer))
+        torch.testing.assert_close(values / value, torch.ones_like(values))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])
+def test_numpy_s_numbers_are_numbers(number) -> None:
+    for function, settings in ((clipped, {}), (banded, {"min_norm": number(1)})):
+        layer = function(made("matrix", torch.float32, gain=9), number(2), **settings)
+        parametrization = layer.parametrizations.weight[0]
+        assert (type(parametrization.max_norm), type(parametrization.min_norm)) == (float, float)
+        assert layer.weight.dtype == torch.float32
+        assert float(torch.linalg.svdvals(matrices(layer)).max()) == pytest.approx(2, rel=1e-5)
+
+
+@pytest.mark.parametrize("bound", [1e39, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_beyond_the_dtype_hold(bound: float, dtype: torch.dtype) -> None:
+    for name in ("matrix", "3×3"):
+        for function, settings in ((clipped, {}), (banded, {"min_norm": 0.1})):
+            if function is banded and name == "3×3":
+                continue
+            layer = function(made(name, dtype), bound, **settings)
+            assert bool(layer.weight.isfinite().all())
+            if function is clipped:
+                assert torch.equal(layer.weight, made(name, dtype).weight)
+
+
+def test_refuses_lower_ends_that_the_dtype_has_not() -> None:
+    layer = nn.Linear(2, 2)
+    for settings, name in (
+        ({"max_norm": 1e39}, "max_norm"),
+        ({"min_norm": 1e-40}, "min_norm"),
+        ({"max_norm": 1e-40}, "max_norm"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number of the weight's dtype"):
+            banded(layer, **settings)
+        assert not parametrize.is_parametrized(layer)
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("inf"), "1", None, True])
+def test_banded_refuses_norms(max_norm) -> None:
+    with pytest.raises(ValueError, match="`max_norm` must be a positive, finite number"):
+        banded(nn.Linear(2, 2), max_norm)
 
 
 @pytest.mark.parametrize("case", [case for case in CONVS if case.stride == 1 and case.kernel == 3][:12], ids=str)

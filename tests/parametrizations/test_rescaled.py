@@ -7,6 +7,7 @@ import io
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from cases import BOUNDS, CONVS, FEW_CONVS, MATRICES, Case, apply_to_identity, traces_copies
@@ -292,6 +293,20 @@ def test_registering_keeps_class_parameter_and_values() -> None:
     assert torch.equal(layer.weight, before)
     assert not list(layer.buffers())
     assert repr(layer.parametrizations.weight[0]) == "Rescaled(max_norm=1.0)"
+
+
+def test_every_setting_is_shown() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+    rescaled(layer, 0.5, bound=sh.bounds.tap_sum, input_size=6)
+    assert repr(layer.parametrizations.weight[0]) == "Rescaled(max_norm=0.5, bound=tap_sum, input_size=(6, 6))"
+
+
+@pytest.mark.parametrize("number", [np.float32(2), np.float64(2), np.int64(2)])
+def test_numpy_s_numbers_are_numbers(number) -> None:
+    layer = rescaled(made("grid of 8", gain=30), number)
+    assert type(layer.parametrizations.weight[0].max_norm) is float
+    assert layer.weight.dtype == torch.float32
+    assert 1.9 < sampled_norm(layer) <= 2
 
 
 def test_state_dict_round_trip_bit_for_bit() -> None:

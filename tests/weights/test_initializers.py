@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from cases import FEW_CONVS, MATRICES, Case, apply_to_identity
@@ -54,6 +55,29 @@ def test_delta_is_orthogonal_with_zero_padding(channels: tuple[int, int], groups
     found = torch.linalg.svdvals(apply_to_identity(layer, (n_in, 4, 5)))
     torch.testing.assert_close(found, torch.full_like(found, 2.0))
     assert int((layer.weight.abs().sum((0, 1)) > 0).sum()) == 1
+
+
+@pytest.mark.parametrize("gain", [1e-20, np.float32(0.5), np.int64(3), 1e20, 0])
+def test_gains_of_every_scale(gain) -> None:
+    for function in (orthogonal_, delta_orthogonal_):
+        for layer in (nn.Linear(5, 3), nn.Conv2d(3, 4, 3, padding=1)):
+            weight = function(layer, gain, generator=generator()).weight
+            assert weight.dtype == torch.float32
+            op = sh.as_operator(layer)
+            dense = op.with_weight(weight.detach().double())
+            matrix = dense.weight if isinstance(layer, nn.Linear) else dense.circular(5).to_dense()
+            found = torch.linalg.svdvals(matrix)
+            torch.testing.assert_close(found, torch.full_like(found, float(gain)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gain", [-1.0, float("nan"), float("inf"), "2", None, True])
+def test_refuses_what_is_no_gain(gain) -> None:
+    for function in (orthogonal_, delta_orthogonal_):
+        for layer in (nn.Linear(5, 3), nn.Conv2d(3, 4, 3)):
+            before = layer.weight.detach().clone()
+            with pytest.raises(ValueError, match="`gain` must be a finite number, 0 or more"):
+                function(layer, gain)
+            assert torch.equal(layer.weight, before)
 
 
 def test_the_same_seed_gives_the_same_weight() -> None:
