@@ -9,13 +9,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..linalg.precision import at_least_float32
+from ..linalg.precision import at_least_float32, in_full_precision
 from ..operators import ConvOperator, DenseOperator, as_operator
 from ..projections.arguments import check_max_norm
 from .arguments import check_reachable
 from .block_conv import Blocks, compose, decompose
 from .remove import check_assigned, register
-from .stiefel import MAPS, in_full_precision, origin, polar_factor
+from .stiefel import MAPS, origin, polar_factor
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
