@@ -51,6 +51,21 @@ def full_precision(function: F) -> F:
     return cast(F, wrapped)
 
 
+def in_full_precision(function: F) -> F:
+    """Run a function of tensors in float32 or better, without autocast, and cast its result back to the first one's dtype.
+
+    Arguments that are no tensors are handed on.
+    """
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *others: Any) -> Tensor:
+        wide = at_least_float32(x.dtype)
+        inputs = [t.to(wide) if isinstance(t, Tensor) else t for t in (x, *others)]
+        return without_autocast(function, *inputs).to(x.dtype)
+
+    return cast(F, wrapped)
+
+
 def without_autocast(function: Callable[..., Result], first: Any, *others: Any, **settings: Any) -> Result:
     """`function(first, *others)`, undisturbed by autocast on the device of the first, or on those of a sequence."""
     devices = {each.device.type for each in (first if isinstance(first, Sequence) else (first,))}

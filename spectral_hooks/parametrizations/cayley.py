@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.fourier import from_frequencies, to_frequencies
+from ..linalg.orthonormal import polished
 from ..linalg.symbols import product
 from ..projections.arguments import check_max_norm
 from .modules import OrthogonalConv
-from .stiefel import FAR, bounded, polished
+from .stiefel import FAR, bounded
 
 
 def cayley(layer: nn.modules.conv._ConvNd, max_norm: float = 1.0) -> CayleyConv:

@@ -17,7 +17,7 @@ from ..operators.padding import pad
 from .geometry import CONV, convolution
 from .memory import Memory
 from .modules import plain, take_over
-from .stiefel import held
+from .recording import held
 
 #: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
 _FLOOR = 1e-6

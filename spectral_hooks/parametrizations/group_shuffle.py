@@ -12,6 +12,7 @@ from ..linalg.precision import exact
 from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, as_operator
 from ..projections.arguments import check_max_norm
+from .arguments import check_reachable
 from .group_shuffle_conv import GroupShuffleConv
 from .layout import as_stored, by_groups
 from .remove import check_assigned, register
@@ -120,6 +121,7 @@ def group_shuffle(layer: Any, max_norm: float = 1.0, *, blocks: int = 8, fine_tu
     if outputs == inputs and prod(taps) == 1:
         check_blocks(blocks, outputs, "output")
         check_mixing(blocks, outputs)
+        check_reachable("max_norm", float(max_norm), op.dtype)
         return register(layer, GroupShuffle(int(blocks), groups, op.transposed, tuple(op.weight.shape), max_norm))
     if isinstance(op, ConvOperator):
         return GroupShuffleConv(layer, max_norm, blocks)

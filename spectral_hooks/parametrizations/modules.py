@@ -12,6 +12,7 @@ from ..linalg.precision import without_autocast
 from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, KernelOperator, as_operator
 from ..projections.arguments import check_max_norm
+from .arguments import check_reachable
 from .geometry import MODULES, MODULES_TRANSPOSE, Unstrided
 from .memory import Memory
 from .remove import check_whole, remove_spectral, spectral_tensors
@@ -36,6 +37,7 @@ class OrthogonalConv(nn.Module):
         super().__init__()
         self.max_norm = check_max_norm(max_norm)
         self.geometry = Unstrided.of(layer, name)
+        check_reachable("max_norm", self.max_norm, self.geometry.wide(layer.weight))
         take_over(self, layer)
         self._memory = Memory()
 

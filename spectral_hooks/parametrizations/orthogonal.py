@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..linalg.precision import at_least_float32
+from ..linalg.precision import at_least_float32, in_full_precision
 from ..operators import ConvOperator, DenseOperator, as_operator
 from ..projections.arguments import check_max_norm
 from .arguments import check_reachable

@@ -1,4 +1,4 @@
-"""Whether operations are recorded or transformed rather than done, and what is recorded as a constant then."""
+"""Whether operations are recorded or transformed rather than done, and what is a constant of them then."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def unrecorded(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
 def exported(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """A function of a weight; in an ONNX model that is traced, for which decompositions are unknown, the constant that it is."""
     return unrecorded(make, weight) if torch.onnx.is_in_onnx_export() else make(weight)
+
+
+def held(x: Tensor) -> Tensor:
+    """The values alone, that no derivative goes through, neither backward nor forward."""
+    # `detach` keeps the tangent of a dual tensor; the compiler knows none
+    return x.detach() if torch.compiler.is_compiling() else forward_ad.unpack_dual(x).primal.detach()
 
 
 def is_transformed(weight: Tensor) -> bool:

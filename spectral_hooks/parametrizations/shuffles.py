@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from ..linalg.precision import exact
+from ..linalg.orthonormal import polished
+from ..linalg.precision import exact, in_full_precision
 from ..operators.base import is_whole
 from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar_factor, polished
 

@@ -10,8 +10,8 @@ from ..operators.base import is_whole
 from ..projections.arguments import check_max_norm
 from .geometry import CONV, CONV_TRANSPOSE
 from .modules import OrthogonalConv
+from .recording import held
 from .skew_kernels import horner, ratios, skew_kernel
-from .stiefel import held
 
 #: Beyond, coefficients are so large that rounding in float32 is no longer small against the ripple.
 _HIGHEST_DEGREE = 8

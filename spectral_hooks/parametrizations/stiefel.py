@@ -12,42 +12,18 @@ to it, and there the derivative is the projection on the tangent space. They rea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..linalg.precision import at_least_float32, widest, without_autocast
-
-F = TypeVar("F", bound=Callable[..., Any])
+from ..linalg.orthonormal import polished
+from ..linalg.precision import in_full_precision, widest
+from .recording import held
 
 #: Up to this length a tensor is taken as it is, and none as more than twice as long. The matrix that `cayley_transform` inverts
 #: then has a norm of at most 8,300: in float32 an error of up to 5e-3 is left to polish, which takes it to some 2e-7.
 FAR = 128.0
-
-
-def in_full_precision(function: F) -> F:
-    """Run a function of tensors in float32 or better, without autocast, and cast its result back to the first one's dtype.
-
-    Arguments that are no tensors are handed on.
-    """
-
-    @functools.wraps(function)
-    def wrapped(x: Tensor, *others: Any) -> Tensor:
-        wide = at_least_float32(x.dtype)
-        inputs = [t.to(wide) if isinstance(t, Tensor) else t for t in (x, *others)]
-        return without_autocast(function, *inputs).to(x.dtype)
-
-    return cast(F, wrapped)
-
-
-def held(x: Tensor) -> Tensor:
-    """The values alone, that no derivative goes through, neither backward nor forward."""
-    # `detach` keeps the tangent of a dual tensor; the compiler knows none
-    return x.detach() if torch.compiler.is_compiling() else forward_ad.unpack_dual(x).primal.detach()
 
 
 def bounded(x: Tensor, most: float = FAR) -> Tensor:
@@ -263,16 +239,6 @@ def lengths(v: Tensor) -> Tensor:
     """Of the columns of a matrix with an entry of one in each, `(*batch, 1, q)`; no square overflows."""
     largest = held(v).abs().amax(-2, keepdim=True)
     return torch.linalg.vector_norm(v / largest, dim=-2, keepdim=True) * largest
-
-
-def polished(q: Tensor) -> Tensor:
-    """`Q (I + E)^(-1/2)` for `QᵀQ = I + E`, up to its third order, held constant in the derivative: takes an error that grows
-    with the map's condition to some of its cube."""
-    with torch.no_grad():
-        error = q.mH @ q
-        error.diagonal(dim1=-2, dim2=-1).sub_(1)
-        correction = q @ torch.sub(error, error @ error, alpha=0.75)
-    return torch.sub(q, correction, alpha=0.5)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linalg.precision import exact
+from ..linalg.precision import exact, in_full_precision
 from ..linalg.scaling import check_finite
 from ..operators import ConvOperator, DenseOperator, KernelOperator, as_operator
 from ..operators.base import is_whole
@@ -19,7 +19,7 @@ from .geometry import CONV, CONV_TRANSPOSE, MODULES, MODULES_TRANSPOSE, differin
 from .layout import as_stored, by_groups
 from .modules import load_plain
 from .remove import check_whole
-from .stiefel import cayley_transform, in_full_precision, inverse_cayley
+from .stiefel import cayley_transform, inverse_cayley
 
 #: Torch's classes of layers that can be replaced.
 _KINDS = (nn.Linear, *MODULES.values(), *MODULES_TRANSPOSE.values())

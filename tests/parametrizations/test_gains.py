@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 
@@ -104,6 +105,21 @@ def test_what_is_no_gain_is_refused_and_the_layer_left(name: str, gain: object) 
     with pytest.raises(ValueError, match="`max_norm` must be a positive, finite number; got"):
         function(layer, gain)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@each
+def test_gains_beyond_the_dtype_are_refused(name: str) -> None:
+    for gain in (1e300, 1e-300):
+        with pytest.raises(ValueError, match=r"`max_norm` must be a number of the weight's dtype.*got 1e[+-]300\. Use a dtype"):
+            made(name, gain, dtype=torch.float32)
+    assert float((values(made(name, 1e100), CASES[name][2]) / 1e100 - 1).abs().max()) <= 3.1e-6
+
+
+@pytest.mark.parametrize("function", [P.skew, P.cayley, P.group_shuffle])
+def test_it_is_the_second_argument_and_all_others_have_names(function: Callable[..., nn.Module]) -> None:
+    _, second, *others = inspect.signature(function).parameters.values()
+    assert (second.name, second.default) == ("max_norm", 1.0)
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in others)
 
 
 @pytest.mark.parametrize("name", ["skew patches", "cayley patches", "matrix", "1×1 in groups"])
