@@ -48,7 +48,10 @@ def settled(op: KernelOperator, unit: Tensor, scale: float, max_norm: float, rto
     scales = torch.full((groups,), scale * power, dtype=torch.float64, device=unit.device)
     if fine and prod(kernel.shape[3:]) == 1 and not measured:
         # a clipped matrix has many equal singular values, which a proof minds less than a measurement
-        stored = in_dtype(unit, fitting(unit, scales * (1 - 4 * info.eps), op.weight), op.weight)
+        lengths = torch.linalg.vector_norm(unit.unflatten(0, (groups, -1)).flatten(1), dim=1) * (scales / max_norm)
+        # what rounding can add to a norm, or, where many values are large, hardly ever does
+        room = info.eps * (op.lattice_factor * lengths / 2).clamp(max=4) + 1e-12
+        stored = in_dtype(unit, fitting(unit, scales * (1 - room), op.weight), op.weight)
         if bool((lattice_norms(op.with_weight(stored).canonical(), 1e-3, max_norm / op.lattice_factor) < inf).all()):
             return stored, max_norm
     for attempt in range(1, 1000):
