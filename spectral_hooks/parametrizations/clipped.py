@@ -21,7 +21,6 @@ from ..operators import as_operator
 from ..operators.base import KernelOperator, is_number
 from ..projections.arguments import check_max_norm
 from ..projections.frequencies import FrequencyGrid
-from ..projections.outside import TOLERANCE
 from .arguments import check_reachable
 from .differentiable import banded_values, excess
 from .following import At, may_follow, start_inside

@@ -15,7 +15,7 @@ from ..projections.arguments import check_max_norm
 from .arguments import check_reachable
 from .block_conv import Blocks, compose, decompose
 from .remove import check_assigned, register
-from .stiefel import MAPS, in_full_precision, origin, polar_factor
+from .stiefel import MAPS, origin, polar_factor
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from ..linalg.orthonormal import polished
 from ..linalg.precision import exact, in_full_precision
 from ..operators.base import is_whole
-from .stiefel import bounded, householder, in_full_precision, lengths, origin, polar_factor, polished
+from .stiefel import bounded, householder, lengths, origin, polar_factor
 
 
 def check_blocks(blocks: int, channels: int, side: str) -> None:

@@ -36,15 +36,7 @@ def clip_kernel(
     the correction may `stretch`, which pays where it is large. Every group is a problem of its own, with steps of its own.
     """
     if op.is_pointwise:
-        level = max_norm / op.lattice_factor
-        matrices = kernel.reshape(kernel.shape[:3])
-        goal = min(max(torch.finfo(op.weight.dtype).eps, _FINEST), _COARSEST)
-        excess, peak = few_over(matrices, level, goal) or excess_over(matrices, level)[::2]
-        # squares lose the digits of what is small: relative to the level an eps times the square of the norm over it
-        if bool((level > peak * min(sqrt(torch.finfo(kernel.dtype).eps / goal), _NEAR)).all()):
-            return kernel - excess.reshape(kernel.shape), peak
-        u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
-        return (u * sigma.clamp(max=level).unsqueeze(-2) @ vh).reshape(kernel.shape), peak
+        return _clip_matrices(kernel, max_norm / op.lattice_factor, op.dtype)
     sizes, level = _clip_grid(op, kernel, max_norm)
     grid = FrequencyGrid(sizes, kernel)
     counts, crop = grid.shares, _cropping(op, kernel, grid)
@@ -78,6 +70,18 @@ def clip_kernel(
         return weight, peak
     fine = sizes if op.kind == "circular" else tuple(2 * n if n > 1 else 1 for n in sizes)
     return _extended(kernel, kernel - weight, level, fine), peak
+
+
+def _clip_matrices(kernel: Tensor, level: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`U min(Σ, level) Vᵀ` of every group of a kernel with one tap, to the rounding of a dtype, and the norms that they had."""
+    matrices = kernel.reshape(kernel.shape[:3])
+    goal = min(max(torch.finfo(dtype).eps, _FINEST), _COARSEST)
+    excess, peak = few_over(matrices, level, goal) or excess_over(matrices, level)[::2]
+    # squares lose the digits of what is small: relative to the level an eps times the square of the norm over it
+    if bool((level > peak * min(sqrt(torch.finfo(kernel.dtype).eps / goal), _NEAR)).all()):
+        return kernel - excess.reshape(kernel.shape), peak
+    u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+    return (u * sigma.clamp(max=level).unsqueeze(-2) @ vh).reshape(kernel.shape), peak
 
 
 def _squares(kernel: Tensor) -> Tensor:
