@@ -28,6 +28,8 @@ class Handle:
     def __init__(self, hook: Hook, model: nn.Module) -> None:
         self.hook = hook
         self.model = model
+        #: Whether any optimizer evaluates other weights than it trains.
+        self.averaging = False
         self._installed: dict[int, _Installed] = {}
         # optimizers that stepped in a backward pass which has not ended, and the number of that pass
         self._stepped: list[Tensor] = []
@@ -50,11 +52,6 @@ class Handle:
         return [p for each in self._installed.values() for p in each.parameters]
 
     @property
-    def averaging(self) -> bool:
-        """Whether any optimizer evaluates other weights than it trains."""
-        return any(each.averaging for each in self._installed.values())
-
-    @property
     def averages(self) -> list[Average]:
         """Of parameters that train apart from their average, what the optimizers keep of them."""
         return [average for each in self._installed.values() for average in each.averages()]
@@ -71,7 +68,8 @@ class Handle:
     def install(self, optimizer: Any) -> None:
         """Have this optimizer call the hook; once, however often it is asked for."""
         if id(optimizer) not in self._installed:
-            self._installed[id(optimizer)] = _Installed(self, optimizer)
+            self._installed[id(optimizer)] = installed = _Installed(self, optimizer)
+            self.averaging |= bool(installed.averaging)
 
     def started(self) -> None:
         """From now on a weight that changes without a step is worth a warning."""
@@ -90,6 +88,7 @@ class Handle:
         for each in self._installed.values():
             each.remove()
         self._installed.clear()
+        self.averaging = False
         self._stepped, self._backward = [], -1
 
     def stepped(self, parameters: list[Tensor]) -> None:

@@ -68,11 +68,11 @@ class Hook:
         self._acted_at: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(settings.changed(self, self.shown))})"
+        return f"{type(self).__name__}({', '.join(settings.changed(self, self.shown_setting))})"
 
-    def shown(self, name: str, value: Any) -> str:
+    def shown_setting(self, name: str, value: Any) -> str:
         """How `repr` shows the value of a setting."""
-        return settings.shown(value)
+        return settings.text(value)
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles carry the settings, not the model that the original works on

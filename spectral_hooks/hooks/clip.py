@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from ..weights.patterns import Patterns
 from ..weights.selection import Selection, Split
 from ..weights.targets import AnyTarget, Whole, WholeSum
 from . import normalizations, settings
+from .atomic import write_all_
 from .base import FROZEN, Hook, check_count, check_flag
 from .iterates import project_iterates
+from .keep import keep_inside
 from .progress import shown
 from .report import Row
 from .share import shared
-from .watch import Known, keep_inside, still_inside
-from .writing import write_all_
+from .watch import Job, Known, still_inside
 
 
 class SpectralClip(Hook):
@@ -123,13 +124,13 @@ class SpectralClip(Hook):
         # of the weights, and of what optimizers keep apart from them: their average "x" and their fast iterate "z"
         self._known: dict[str, dict[str, Known]] = {}
 
-    def shown(self, name: str, value: Any) -> str:
+    def shown_setting(self, name: str, value: Any) -> str:
         """How `repr` shows the value of a setting."""
         if name != "projection":
-            return super().shown(name, value)
+            return super().shown_setting(name, value)
         projection = projections.named(value)
         kept = "guarantees" if projection in projections.GUARANTEED else "does not guarantee"
-        return f"{settings.shown(projection)} ({kept} the bound)"
+        return f"{settings.text(projection)} ({kept} the bound)"
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_normalizations": {}, "_known": {}}
@@ -175,31 +176,42 @@ class SpectralClip(Hook):
     def _project(self, targets: list[AnyTarget], chosen: dict[str, nn.Module], slack: float) -> None:
         """Project these; first what optimizers keep of them elsewhere."""
         chosen = {name: layer for name, layer in chosen.items() if self._acts_on_gains(layer)}
-        if self.log:
-            operators = (op for target in targets for op in target.gathered().operators)
-            self.largest_norm = max((float(spectral_norm(op, rtol=1e-2)) for op in operators), default=None)
-        handle, clipped = self.handle, 0
-        if handle is not None and handle.averaging and (averages := handle.averages):
+        handle, clipped, measures = self.handle, 0, self.log
+        averages = handle.averages if handle is not None and handle.averaging else []
+        if handle is not None and averages:
+            if measures:
+                self._measure(target.gathered() for target in targets)
             parameters = [p for target in targets for p in target.parameters()]
             parameters += [p for layer in chosen.values() for p in layer.parameters()]
 
             def project(which: str) -> int:
                 return self._project_weights(targets, chosen, slack, which, follow=False)
 
-            clipped = project_iterates(averages, parameters, project, handle.copies)
-        evaluates = handle is not None and handle.averaging and handle.evaluates
-        self.clipped = max(self._project_weights(targets, chosen, slack, "x" if evaluates else ""), clipped)
+            clipped, measures = project_iterates(averages, parameters, project, handle.copies), False
+        which = "x" if handle is not None and handle.averaging and handle.evaluates else ""
+        self.clipped = max(self._project_weights(targets, chosen, slack, which, measures=measures), clipped)
 
     def _project_weights(
-        self, targets: list[AnyTarget], chosen: dict[str, nn.Module], slack: float, which: str, *, follow: bool = True
+        self,
+        targets: list[AnyTarget],
+        chosen: dict[str, nn.Module],
+        slack: float,
+        which: str,
+        *,
+        follow: bool = True,
+        measures: bool = False,
     ) -> int:
         """Project what stands in the place of the weights, and what equals it elsewhere if that is to `follow`: how many."""
         known = self._known.setdefault(which, {})
-        changes: Sequence[Any]
         if self.distribute:
-            changes = shared(lambda whole: self._changes([whole], slack, known)[0], targets, lambda target: target.gathered())
+            if measures:
+                self._measure(target.gathered() for target in targets)
+            changes = shared(lambda whole: self._settled([whole], known, slack)[0], targets)
         else:
-            changes = self._changes([target.gathered() for target in targets], slack, known)
+            wholes = [target.gathered() for target in targets]
+            if measures:
+                self._measure(wholes)
+            changes = self._settled(wholes, known, slack)
         gains = normalizations.clipped_gains(chosen, self.bound, self.naming) if chosen else []
         changed = [(target, change) for target, change in zip(targets, changes, strict=True) if change is not None]
         if changed:
@@ -210,42 +222,39 @@ class SpectralClip(Hook):
             write_gain_(layer, gamma)
         return len(changed) + len(gains)
 
-    def _changes(self, wholes: list[Whole | WholeSum], slack: float, known: dict[str, Known]) -> list[Any]:
-        """What is to be written so that each is inside the ball, None for those that are there already."""
-        changes: list[Any] = [None] * len(wholes)
-        doubtful, together = self._in_doubt(wholes, known), {}
-        for i in doubtful:
-            op, name = wholes[i].only() if self.projection is projections.clip else None, wholes[i].target.name
-            if op is not None:
-                together[i] = op
-                with self.naming(name):
-                    check_finite(op.weight)
-        names = {i: wholes[i].target.name for i in together}
-        old = [i for i in together if names[i] in known]
-        new = [[i] for i in shown([i for i in together if names[i] not in known], "projecting weights")] if together else []
-        for part in [old, *new]:
-            ops, last = [together[i] for i in part], [known.get(names[i]) for i in part]
-            with self.naming(names[part[0]]) if len(part) == 1 else nullcontext():
-                kept = keep_inside(ops, last, self.bound, rounds=self.rounds, slack=slack)
-            for i, (weight, now) in zip(part, kept, strict=True):
-                known[names[i]] = now
-                changes[i] = None if weight is together[i].weight else weight
-        for i in doubtful:
-            if i not in together:
-                with self.naming(wholes[i].target.name):
-                    changes[i] = wholes[i].inside(self._one, self.bound)
-        return changes
+    def _settled(self, wholes: list[Whole | WholeSum], known: dict[str, Known], slack: float) -> list[Any]:
+        """What is to be written so that each is inside the ball, None for those that are there already; `known` is brought up."""
+        jobs = [Job(whole, known.get(whole.target.name) if whole.is_single else None) for whole in wholes]
+        if self.projection is projections.clip:
+            jobs = still_inside(jobs, self.bound)
+        if not all(job.is_inside for job in jobs):
+            jobs = self._brought_inside(jobs, slack)
+        known.update((job.whole.target.name, job.known) for job in jobs if job.known is not None)
+        return [job.change for job in jobs]
 
-    def _in_doubt(self, wholes: list[Whole | WholeSum], known: dict[str, Known]) -> list[int]:
-        """Which ones what is known does not prove to be inside."""
-        if self.projection is not projections.clip:
-            return list(range(len(wholes)))
-        watched = [i for i, whole in enumerate(wholes) if whole.target.name in known]
-        names = [wholes[i].target.name for i in watched]
-        nows = still_inside([wholes[i].operators[0] for i in watched], [known[name] for name in names], self.bound)
-        known.update((name, now) for name, now in zip(names, nows, strict=True) if now is not None)
-        settled = {i for i, now in zip(watched, nows, strict=True) if now is not None}
-        return [i for i in range(len(wholes)) if i not in settled]
+    def _brought_inside(self, jobs: list[Job], slack: float) -> list[Job]:
+        """The jobs, those that are in doubt proven to be inside, or with a change that brings them there."""
+        results = list(jobs)
+        doubtful = [i for i, job in enumerate(jobs) if not job.is_inside]
+        single = {i for i in doubtful if self.projection is projections.clip and jobs[i].whole.is_plain}
+        together = [i for i in doubtful if i in single and jobs[i].known is not None]
+        for i in together:
+            with self.naming(jobs[i].whole.target.name):
+                check_finite(jobs[i].op.weight)
+        kept = keep_inside([jobs[i] for i in together], self.bound, rounds=self.rounds, slack=slack)
+        for i, job in zip(together, kept, strict=True):
+            results[i] = job
+        for i in shown([i for i in doubtful if i not in set(together)], "projecting weights"):
+            with self.naming(jobs[i].whole.target.name):
+                if i in single:
+                    (results[i],) = keep_inside([jobs[i]], self.bound, rounds=self.rounds, slack=slack)
+                else:
+                    results[i] = replace(jobs[i], change=jobs[i].whole.inside(self._one, self.bound))
+        return results
+
+    def _measure(self, wholes: Iterable[Whole | WholeSum]) -> None:
+        operators = (op for whole in wholes for op in whole.operators)
+        self.largest_norm = max((float(spectral_norm(op, rtol=1e-2)) for op in operators), default=None)
 
     def _one(self, op: KernelOperator, max_norm: float) -> Tensor:
         """The projection of one operator."""

@@ -68,8 +68,10 @@ def row(name: str, kind: str, norm: float | None, bound: float | None, reason: s
 
 def status(norm: float | None, bound: float | None) -> str:
     """How a norm that is known to 1 % stands to its bound."""
-    if norm is None or bound is None:
-        return "" if bound is None else "constrained"
+    if bound is None:
+        return "selected"
+    if norm is None:
+        return "constrained"
     if norm <= bound * (1 + _TOLERANCE):
         return "inside"
     return "at the bound" if norm <= bound * 1.01 * (1 + _TOLERANCE) else "outside"

@@ -11,31 +11,31 @@ from typing import Any
 from ..operators.base import is_number, is_whole
 
 
-def changed(thing: Any, text: Any) -> Iterator[str]:
+def changed(thing: Any, shown: Any) -> Iterator[str]:
     """The arguments of a constructor as a thing has them in attributes of the same names: those by position, and all changed.
 
     Args:
         thing: what was constructed.
-        text: of a name and a value, how that value is shown; a changed one is shown otherwise than the default.
+        shown: of a name and a value, how that value is shown; a changed one is shown otherwise than the default.
     """
     for name, parameter in signature(type(thing)).parameters.items():
-        value = text(name, getattr(thing, name))
+        value = shown(name, getattr(thing, name))
         if parameter.kind is not Parameter.KEYWORD_ONLY:
             yield value
-        elif value != text(name, parameter.default):
+        elif value != shown(name, parameter.default):
             yield f"{name}={value}"
 
 
-def shown(value: Any) -> str:
+def text(value: Any) -> str:
     """Like `repr`, without addresses: functions and classes by where they are imported from."""
     if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(text, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{shown(key)}: {shown(each)}' for key, each in value.items())}}}"
+        return f"{{{', '.join(f'{text(key)}: {text(each)}' for key, each in value.items())}}}"
     if isinstance(value, partial):
-        positions = "".join(f", {shown(each)}" for each in value.args)
-        options = "".join(f", {name}={shown(each)}" for name, each in value.keywords.items())
-        return f"partial({shown(value.func)}{positions}{options})"
+        positions = "".join(f", {text(each)}" for each in value.args)
+        options = "".join(f", {name}={text(each)}" for name, each in value.keywords.items())
+        return f"partial({text(value.func)}{positions}{options})"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{_home(value)}.{value.__qualname__}"
     if getattr(type(value), "__repr__", None) is object.__repr__:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
-Item = TypeVar("Item")
-Whole = TypeVar("Whole")
+from ..weights.targets import AnyTarget, Whole, WholeSum
 
 
-def shared(function: Callable[[Whole], Any], items: Sequence[Item], gather: Callable[[Item], Whole]) -> list[Any]:
-    """`function(gather(item))` of every item, each computed by one process, its owner, and sent to all.
+def shared(function: Callable[[Whole | WholeSum], Any], targets: Sequence[AnyTarget]) -> list[Any]:
+    """`function` of every target's whole weight, each computed by one process, its owner, and sent to all.
 
-    All processes take part in every `gather`, in the same order.
+    All processes take part in gathering every weight, in the same order.
 
     Raises:
         ValueError: on every process, if the function raised on the owner.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     mine: dict[int, tuple[Any, str | None]] = {}
-    for i, item in enumerate(items):
-        gathered = gather(item)
+    for i, target in enumerate(targets):
+        whole = target.gathered()
         if i % world != rank:
             continue
         try:
-            mine[i] = function(gathered), None
+            mine[i] = function(whole), None
         except ValueError as error:  # the others wait for an answer
             mine[i] = None, str(error)
     everyone: list[Any] = [mine]
@@ -34,7 +33,7 @@ def shared(function: Callable[[Whole], Any], items: Sequence[Item], gather: Call
         everyone = [None] * world
         dist.all_gather_object(everyone, mine)
     results = {i: result for part in everyone for i, result in part.items()} | mine
-    ordered = [results[i] for i in range(len(items))]
+    ordered = [results[i] for i in range(len(targets))]
     failed = [message for _, message in ordered if message is not None]
     if failed:
         raise ValueError(failed[0])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -16,10 +15,10 @@ from ..operators.base import is_whole
 from ..operators.layers import is_adapter, lora_factors
 from .names import a_kind, called, holds_packed, is_trainable, kind_of, named_layers, naming, type_name
 from .patterns import Pattern, Patterns, check_patterns, listed, matcher, what_matches
-from .places import memory_of, overlap
 from .sharded import is_sharded
+from .sharing import Owners
 from .targets import AnyTarget, LoraTarget, Target
-from .writing import Held, check_writable, held
+from .writing import check_writable, held
 
 #: Parts of a fused projection's outputs: so many equal ones, or their sizes.
 Parts = int | Sequence[int]
@@ -71,71 +70,76 @@ def select(
             nothing left to act on.
         TypeError: a pattern of another type.
     """
+    check_split(split)
+    check_lora(lora)
     modules = dict(named_layers(model))
     wanted = matcher("layers", layers, modules) if layers is not None else lambda name: True
     unwanted = matcher("exclude", exclude, modules) if exclude is not None else lambda name: False
-    explicit = {p for p in listed(layers) if isinstance(p, str)}
-    check_split(split)
     parts = {name: p for pattern, p in (split or {}).items() for name in filter(matcher("split", pattern, modules), modules)}
-    check_lora(lora)
-    for name in explicit & set(modules):
-        if not any(_has_weight(part) for part in modules[name].modules()):
-            raise ValueError(f"`layers` names {name}, {a_kind(modules[name])}, which has no weight.")
+    explicit = _named_in_full(layers, modules)
 
-    result = Selection()
-    owners: dict[object, _Owner] = {}
-    neighbours: dict[object, list[_Owner]] = defaultdict(list)  # by the memory of their parameters
-    unsupported: set[str] = set()
+    result, owners, unsupported = Selection(), Owners(), set()
     for name, layer in modules.items():
         if not _has_weight(layer):
             continue
         if unwanted(name):
-            result.skipped[name] = "excluded"
+            reason: str | None = "excluded"
         elif not wanted(name):
-            result.skipped[name] = "not among `layers`"
+            reason = "not among `layers`"
         elif reason := _unsupported(layer):
             if name in explicit:
                 raise ValueError(f"`layers` names {name or 'the model itself'}, but {reason}")
-            result.skipped[name] = reason
             unsupported.add(name)
-        elif is_adapter(layer) and lora_factors(layer):
-            for part, outputs in _parts(name, layer, parts.get(name)):
-                base = None if lora == "product" else Target(part, [layer.base_layer], outputs)
-                result.targets.append(LoraTarget(part, [layer], outputs, base))
-        elif is_adapter(layer) and lora == "product":
-            result.skipped[name] = "no LoRA adapter is active"
         else:
-            layer = layer.base_layer if is_adapter(layer) else layer
-            how = held(layer)
-            if how.weight.numel() == 0:
-                result.skipped[name] = f"its weight is empty, of shape {tuple(how.weight.shape)}"
-                continue
-            with naming(name):
-                check_writable(layer)
-            # a matrix and its transpose are one weight
-            shape = sorted(how.weight.shape) if isinstance(as_operator(layer), DenseOperator) else how.weight.shape
-            key = how.place, tuple(shape)
-            if key in owners:
-                owners[key].share(name, layer, how)
-                result.skipped[name] = f"shares the weight of {owners[key].targets[0].name or 'the model itself'}"
-                result.tied[name] = kind_of(layer)
-            else:
-                targets = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts.get(name))]
-                owners[key] = _Owner(name, how, targets)
-                for memory in {memory_of(leaf) for leaf in how.leaves}:
-                    for owner in neighbours[memory]:
-                        owner.check_apart(name, how)
-                    neighbours[memory].append(owners[key])
-                result.targets += targets
+            reason = _choose(result, owners, name, layer, parts.get(name), lora)
+        if reason is not None:
+            result.skipped[name] = reason
     if not result.targets:
-        reasons = [f"{name or 'the model itself'}: {reason}" for name, reason in list(result.skipped.items())[:5]]
-        matched = (
-            [what_matches("layers", layers, modules), what_matches("exclude", exclude, modules)] if reasons or layers else []
-        )
-        found = "; ".join([each for each in matched if each] + reasons) or "it has no weights"
-        raise ValueError(f"no layer to act on is left in {type(model).__name__} ({found}).")
+        raise ValueError(_nothing_left(model, result, layers, exclude, modules))
     _account(result, modules, unsupported)
     return result
+
+
+def _named_in_full(layers: Patterns, modules: dict[str, nn.Module]) -> set[str]:
+    """The layers that the user has named one by one, for which an error is better than to skip them."""
+    explicit = {p for p in listed(layers) if isinstance(p, str)} & set(modules)
+    for name in explicit:
+        if not any(_has_weight(part) for part in modules[name].modules()):
+            raise ValueError(f"`layers` names {name}, {a_kind(modules[name])}, which has no weight.")
+    return explicit
+
+
+def _choose(result: Selection, owners: Owners, name: str, layer: Any, parts: Parts | None, lora: str) -> str | None:
+    """Add the targets of a layer that is wanted and supported, or say why there are none."""
+    if is_adapter(layer) and lora_factors(layer):
+        for part, outputs in _parts(name, layer, parts):
+            base = None if lora == "product" else Target(part, [layer.base_layer], outputs)
+            result.targets.append(LoraTarget(part, [layer], outputs, base))
+        return None
+    if is_adapter(layer) and lora == "product":
+        return "no LoRA adapter is active"
+    layer = layer.base_layer if is_adapter(layer) else layer
+    how = held(layer)
+    if how.weight.numel() == 0:
+        return f"its weight is empty, of shape {tuple(how.weight.shape)}"
+    with naming(name):
+        check_writable(layer)
+    if (owner := owners.of(layer, how)) is not None:
+        owner.share(name, layer, how)
+        result.tied[name] = kind_of(layer)
+        return f"shares the weight of {owner.targets[0].name or 'the model itself'}"
+    targets = [Target(part, [layer], outputs) for part, outputs in _parts(name, layer, parts)]
+    owners.add(name, layer, how, targets)
+    result.targets += targets
+    return None
+
+
+def _nothing_left(model: nn.Module, result: Selection, layers: Patterns, exclude: Patterns, modules: dict[str, nn.Module]) -> str:
+    """The error for a selection of nothing."""
+    reasons = [f"{name or 'the model itself'}: {reason}" for name, reason in list(result.skipped.items())[:5]]
+    matched = [what_matches("layers", layers, modules), what_matches("exclude", exclude, modules)] if reasons or layers else []
+    found = "; ".join([each for each in matched if each] + reasons) or "it has no weights"
+    return f"no layer to act on is left in {type(model).__name__} ({found})."
 
 
 def check_split(split: Split) -> None:
@@ -155,39 +159,6 @@ def check_lora(lora: str) -> None:
     """Refuse what is no way to count LoRA adapters."""
     if lora not in _LORA:
         raise ValueError(f"`lora` must be one of {', '.join(map(repr, _LORA))}; got {lora!r}.")
-
-
-@dataclass
-class _Owner:
-    """The first layer that has a weight, how it holds it, and the targets that were made of it."""
-
-    name: str
-    how: Held
-    targets: list[Target]
-
-    def share(self, name: str, layer: nn.Module, how: Held) -> None:
-        """Another layer has the same weight."""
-        turned = how.weight.shape != self.how.weight.shape or how.weight.stride() != self.how.weight.stride()
-        made_alike = how.plain or how.is_view or torch.equal(self.how.weight, how.weight)
-        if not made_alike or (turned and self.targets[0].outputs is not None):
-            raise ValueError(self._clash(name))
-        for target in self.targets:
-            target.layers.append(layer)
-
-    def check_apart(self, name: str, how: Held) -> None:
-        """Refuse a layer that makes another weight of the same parameters: what is written to one would change the other."""
-        if how.is_view and self.how.is_view:
-            clash = overlap(self.how.weight, how.weight)
-        else:
-            clash = any(overlap(one, other) for one in self.how.leaves for other in how.leaves)
-        if clash:
-            raise ValueError(self._clash(name))
-
-    def _clash(self, name: str) -> str:
-        return (
-            f"{called(name)} and {called(self.name)} use the same parameters in different ways, so that a projection of one "
-            "would change the other: exclude one of them."
-        )
 
 
 def _account(result: Selection, modules: dict[str, nn.Module], unsupported: set[str]) -> None:

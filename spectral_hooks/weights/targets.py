@@ -86,9 +86,15 @@ class Whole:
     #: One for each use.
     operators: list[KernelOperator]
 
-    def only(self) -> KernelOperator | None:
-        """The operator, if what is inside for it is inside: not with several uses, or under a mask."""
-        return self.operators[0] if len(self.operators) == 1 and self.target.mask() is None else None
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one use."""
+        return len(self.operators) == 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a projection of its operator may be written as it is: there is one use, and no mask."""
+        return self.is_single and self.target.mask() is None
 
     def inside(self, project: Project, max_norm: float) -> Tensor | None:
         """What `Target.write_` is to be given so that the weight is inside the ball, or None if it is there already.
@@ -201,8 +207,8 @@ class WholeSum:
         """One operator: that of the sum."""
         return [DenseOperator(self._base_matrix().to(self.right) + self.left.to(self.right) @ self.right)]
 
-    def only(self) -> None:
-        """None: what is inside is the sum, and what is written its parts."""
+    #: What is inside is the sum, and what is written its parts.
+    is_single = is_plain = False
 
     @torch.no_grad()
     def inside(self, project: Project, max_norm: float) -> LoraChange | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import spectral_hooks as sh
-from spectral_hooks.hooks import watch
-from spectral_hooks.hooks.watch import Known, keep_inside, know, still_inside
+from spectral_hooks.hooks import keep, watch
+from spectral_hooks.hooks.watch import Job, Known, know
+from spectral_hooks.weights.targets import Target, Whole
 
 SHAPES = [(8, 6, 3, 3), (6, 8, 3), (4, 4, 2, 3, 2), (34, 34, 3, 3)]
 
@@ -23,6 +25,22 @@ def grid_norm(op: sh.LinearOperator, points: int = 20) -> float:
     axes = tuple(range(3, kernel.ndim))
     symbols = torch.fft.fftn(kernel, s=(points if len(axes) < 3 else 16,) * len(axes), dim=axes).movedim((1, 2), (-2, -1))
     return float(torch.linalg.matrix_norm(symbols, 2).amax())
+
+
+def jobs(ops, known) -> list[Job]:
+    return [Job(Whole(Target("", []), [op]), last) for op, last in zip(ops, known, strict=True)]
+
+
+def still_inside(ops, known, max_norm: float) -> list[Known | None]:
+    """What is known now of those that are proven to be inside."""
+    return [job.known if job.is_inside else None for job in watch.still_inside(jobs(ops, known), max_norm)]
+
+
+def keep_inside(ops, known, max_norm: float, **options) -> list[tuple[Tensor, Known | None]]:
+    """The weights, and what is known of them."""
+    looked = [replace(job, is_inside=False) for job in watch.still_inside(jobs(ops, known), max_norm)]
+    kept = keep.keep_inside(looked, max_norm, **options)
+    return [(job.op.weight if job.change is None else job.change, job.known) for job in kept]
 
 
 def kernels(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -116,7 +134,7 @@ def test_lengths_are_bounds_however_long_the_sum(size: int, dtype: torch.dtype) 
     for entries in (torch.full((1, size), 0.3), torch.rand(2, size, generator=generator), torch.full((1, size), 1e-17)):
         kernels = entries.to(dtype)[:, :, None]
         true = kernels.double().flatten(1).square().sum(1)
-        bounds = watch.squared_lengths(kernels)
+        bounds = watch.lengths(kernels).double().square()
         assert bool((bounds >= true * (1 + 1e-12 * (dtype == torch.float32))).all())
         assert bool((bounds <= true * (1 + 1e-4)).all())
 
