@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from spectral_hooks import hooks, projections
-from spectral_hooks.hooks.settings import shown
 from spectral_hooks.operators.base import is_whole
 from spectral_hooks.weights.patterns import matches
 from spectral_hooks.weights.selection import Split
@@ -259,7 +258,7 @@ class _OfKeras:
         return layer is not None and matches(self.argument, self.pattern, name, layer)
 
     def __repr__(self) -> str:
-        return shown(self.pattern)
+        return getattr(self.pattern, "__qualname__", None) or repr(self.pattern)
 
 
 def _of_keras(argument: str, patterns: Sequence[Any] | None) -> Any:
