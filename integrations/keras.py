@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from spectral_hooks import hooks, projections
-from spectral_hooks.hooks.settings import shown
 from spectral_hooks.operators.base import is_whole
 from spectral_hooks.weights.patterns import matches
 from spectral_hooks.weights.selection import Split
@@ -105,7 +104,7 @@ class HookCallback(HookHolder, keras.callbacks.Callback):
     scaling skips. Before each the hook finds the gradients, as Keras has clipped them, on the kernels of the `mirror`; what it
     makes of them is what the optimizer gets. With `every=1` the hook also brings in order what averages put into the model.
     What the hook measures goes to each epoch's logs, and so to the `History`, on average over the epoch's actions. Keras saves no
-    state of callbacks: what `hook.state_dict()` gives is to be saved by hand, and given to `hook.load_state_dict` before `fit`.
+    state of callbacks: what `hook.state_dict()` gives may be saved by hand, and given to `hook.load_state_dict` before `fit`.
 
     Args:
         hook: any `spectral_hooks.hooks.Hook`; it sees the `mirror` of the model, and `training=True`. Types and predicates among
@@ -213,7 +212,7 @@ class SpectralClipCallback(HookCallback):
     Guaranteed: the bound holds when training starts, after every `every`-th update, and in the model that `fit` leaves,
     averages of `use_ema=True` included. With `every=1` it also holds for the averages that `ema_overwrite_frequency` and
     `SwapEMAWeights` put into the model. Keras saves no state of callbacks: a run that is loaded and continued equals an
-    uninterrupted one with `slack=0`, or if `hook.load_state_dict` gets the `hook.state_dict()` of before; else within the slack.
+    uninterrupted one with `slack=0`, else it is within the slack.
 
     Args:
         max_norm, every, rounds, projection, slack, schedule, batch_norm, distribute: as for `spectral_hooks.SpectralClip`.
@@ -259,7 +258,7 @@ class _OfKeras:
         return layer is not None and matches(self.argument, self.pattern, name, layer)
 
     def __repr__(self) -> str:
-        return shown(self.pattern)
+        return getattr(self.pattern, "__qualname__", None) or repr(self.pattern)
 
 
 def _of_keras(argument: str, patterns: Sequence[Any] | None) -> Any:
