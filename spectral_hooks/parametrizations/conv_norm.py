@@ -19,7 +19,8 @@ from .memory import Memory
 from .modules import plain, take_over
 from .recording import held
 
-#: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one.
+#: Relative to its mean over the frequencies: where a filter's energy is less, it is not raised all the way to one. A gain is then
+#: at most 1e3 times the mean one, and the energy has a few digits left above the rounding of float32.
 _FLOOR = 1e-6
 
 

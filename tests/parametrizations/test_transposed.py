@@ -204,6 +204,23 @@ def test_of_group_shuffles(settings: dict[str, int]) -> None:
     torch.testing.assert_close(layer(x), P.group_shuffle(other, 0.7, blocks=2)(x))
 
 
+@each
+def test_half_precision_and_autocast_compute_in_single(function: str) -> None:
+    layer = FUNCTIONS[function](pair("stride", torch.float32, bias=True)[0], 1.5)
+    x = torch.randn(2, *shapes("stride")[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=5e-3, atol=1e-6)
+    low = copy.deepcopy(layer).bfloat16()
+    y = low(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), copy.deepcopy(low).float()(x.bfloat16().float()), rtol=5e-3, atol=1e-6)
+    y.sum().backward()
+    assert low.weight.grad.dtype == torch.bfloat16
+    assert bool(low.weight.grad.isfinite().all())
+
+
 def test_output_size() -> None:
     """As torch's transposed layers take it; but only one is the adjoint's."""
     layer = P.skew(nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=1))
