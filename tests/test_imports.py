@@ -236,6 +236,19 @@ def test_what_breaks_the_order_is_seen(file: str, source: str, seen: str) -> Non
     assert {kind for kind, is_so in kinds.items() if is_so} == ({seen} if seen else set())
 
 
+def test_tests_share_cases_and_observers_alone() -> None:
+    """And the attacks their promises: no test module imports another."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = {file.stem for file in files if file.stem.startswith("test_") or file.stem == "conftest"}
+    found = {
+        (file.relative_to(ROOT).as_posix(), each.module[0])
+        for file in files
+        for each in imports(file.name, ast.parse(file.read_text(encoding="utf-8")))
+        if each.module[:1] and each.module[0] in names
+    }
+    assert found == set()
+
+
 # -- what is loaded -----------------------------------------------------------------------------------------------------------
 
 
