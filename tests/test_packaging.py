@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ADAPTERS = sorted(path.stem for path in (ROOT / "integrations").glob("*.py") if path.stem != "__init__")
 #: The framework that an adapter needs, where it is not called like the adapter.
-_NEEDS: dict[str, str] = {}
+_NEEDS = {"keras_mirror": "keras", "shared": "torch"}
 
 
 def _run(*command: str, cwd: Path, **environment: str) -> str:
