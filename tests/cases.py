@@ -329,7 +329,7 @@ GEOMETRIES: dict[str, tuple[tuple, dict, tuple[int, ...]]] = {
 }
 
 
-def convolution(name: str, dtype: torch.dtype = torch.float64, gain: float = 1.0, bias: bool = False) -> nn.Module:
+def conv_layer(name: str, dtype: torch.dtype = torch.float64, gain: float = 1.0, bias: bool = False) -> nn.Module:
     """The layer of this geometry, its weight times a gain."""
     torch.manual_seed(0)
     arguments, settings, size = GEOMETRIES[name]
@@ -348,6 +348,21 @@ def in_shape(name: str) -> tuple[int, ...]:
 def all_singular_values(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """The `min(outputs, inputs)` of them, from the dense matrix."""
     return torch.linalg.svdvals(apply_to_identity(layer, shape).double())
+
+
+def train(layer: nn.Module, shape: tuple[int, ...], steps: int = 200) -> None:
+    """Regression on noise: far from where it started, by a step size that is too long."""
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    x = torch.randn(8, *shape)
+    y = torch.randn_like(layer(x).detach())
+    losses: list[float] = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(layer(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
 
 
 # -- one row for everything that the library offers -----------------------------------------------------------------------------

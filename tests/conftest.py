@@ -20,6 +20,8 @@ EXPECTED_SKIPS = (
     r"transformers has ModernBERT from 4\.48 on",
     r"this version of Lightning does not average weights",
     r"this version of Lightning trains again on the batch before the checkpoint",
+    # of packages that no extra installs
+    r"onnx, onnxscript and onnxruntime are not installed",
     # of Keras, whose backend is one for a process
     r"KERAS_BACKEND is '\w+', and not torch",
     r"Keras was imported before with the backend '\w+'",

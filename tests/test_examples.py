@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def shape(line: str) -> list[str]:
+    """The words of a line, every digit before a point as one zero and every one behind it as another."""
+    return re.sub(r"\d+(\.\d+)?", lambda number: "0" + re.sub(r"\d", "0", number[1] or ""), line).split()
 
 
 def test_quickstart(tmp_path: Path) -> None:
@@ -31,6 +38,11 @@ def test_quickstart(tmp_path: Path) -> None:
     assert float(start) > 1
     assert float(plain[3]) > 1
     assert end == "1.000"
+
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- demo -->")[1].split("```")[1].strip().splitlines()
+    printed = [shape(line) for line in done.stdout.splitlines()]
+    assert len(shown) == 4
+    assert [line for line in shown if shape(line) not in printed] == [], "the README shows another table"
 
     assert (tmp_path / "values.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} <= {"values.png", "matplotlib"}, "nothing else is left behind"

@@ -118,7 +118,8 @@ def is_foreign(found: Import) -> bool:
     top = found.module[0]
     allowed = {"spectral_hooks", "torch", "numpy", *sys.stdlib_module_names}
     if room_of(found.file) == "integrations":
-        allowed.add(Path(found.file).stem)
+        # and what torch itself asks for, since Python 3.10 lacks some of `typing`
+        allowed |= {Path(found.file).stem.partition("_")[0], "typing_extensions"}
     return top not in allowed and not (found.guarded and (found.file, top) in GUARDED)
 
 
@@ -196,6 +197,8 @@ def test_the_core_is_written_with_torch_and_numpy_alone() -> None:
         ("hooks/progress.py", "try:\n    import tqdm\nexcept ImportError:\n    pass", ""),
         ("integrations/timm.py", "import timm", ""),
         ("integrations/timm.py", "import lightning", "foreign"),
+        ("integrations/keras_mirror.py", "import keras", ""),
+        ("hooks/clip.py", "import typing_extensions", "foreign"),
         ("norms/lattice.py", "import math, torch.nn, numpy as np", ""),
     ],
 )
@@ -208,6 +211,19 @@ def test_what_breaks_the_order_is_seen(file: str, source: str, seen: str) -> Non
         "foreign": any(map(is_foreign, found)),
     }
     assert {kind for kind, is_so in kinds.items() if is_so} == ({seen} if seen else set())
+
+
+def test_tests_share_cases_and_observers_alone() -> None:
+    """And the attacks their promises: no test module imports another."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = {file.stem for file in files if file.stem.startswith("test_") or file.stem == "conftest"}
+    found = {
+        (file.relative_to(ROOT).as_posix(), each.module[0])
+        for file in files
+        for each in imports(file.name, ast.parse(file.read_text(encoding="utf-8")))
+        if each.module[:1] and each.module[0] in names
+    }
+    assert found == set()
 
 
 # -- what is loaded -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 import tempfile
 import time
 from datetime import timedelta
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import shards_on_cpu
+from cases import free_port, shards_on_cpu
 from torch import Tensor, nn
 
 import spectral_hooks as sh
@@ -46,12 +45,6 @@ def whole(model: nn.Module) -> list[Tensor]:
     from torch.distributed.tensor import DTensor
 
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:

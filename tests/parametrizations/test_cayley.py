@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import apply_to_identity
-from test_skew import GEOMETRIES, in_shape, made, singular_values, train
+from cases import GEOMETRIES, apply_to_identity, in_shape, train
+from cases import all_singular_values as singular_values
+from cases import conv_layer as made
 from torch import Tensor, nn
 
 import spectral_hooks as sh

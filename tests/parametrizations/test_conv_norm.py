@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CONVS, Case, apply_to_identity
-from test_skew import GEOMETRIES, in_shape, made
+from cases import CONVS, GEOMETRIES, Case, apply_to_identity, in_shape
+from cases import conv_layer as made
 from torch import Tensor, nn
 
 import spectral_hooks as sh
@@ -25,7 +25,7 @@ def per_output(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return apply_to_identity(layer, shape).unflatten(0, (layer.weight.shape[0], -1))
 
 
-@pytest.mark.parametrize("case", filter(divides, CONVS), ids=str)
+@pytest.mark.parametrize("case", list(filter(divides, CONVS)), ids=str)
 def test_every_output_channel_has_gain_one(case: Case) -> None:
     matrices = per_output(conv_norm(case.layer()), case.in_shape)
     grams = matrices @ matrices.mT

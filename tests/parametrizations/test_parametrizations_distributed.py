@@ -14,9 +14,8 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 import distributed_parametrizations as distributed
 import torch.multiprocessing as mp
-from cases import shards_on_cpu
+from cases import free_port, shards_on_cpu
 from distributed_parametrizations import KINDS, STEPS, inputs, made
-from test_distributed import free_port
 from torch import Tensor, nn
 
 import spectral_hooks as sh

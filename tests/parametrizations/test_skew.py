@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import apply_to_identity
+from cases import GEOMETRIES, apply_to_identity, in_shape, train
+from cases import all_singular_values as singular_values
+from cases import conv_layer as made
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
@@ -23,51 +24,6 @@ from spectral_hooks.parametrizations.skew_kernels import modulus_one, skew_bound
 from spectral_hooks.weights.selection import select
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-#: Channels, kernel, settings; and an input size that every stride divides.
-GEOMETRIES = {
-    "square": ((4, 4, 3), {"padding": 1}, (5, 6)),
-    "smaller than the kernel": ((2, 2, 5), {"padding": 2}, (3, 2)),
-    "more outputs": ((2, 5, 3), {"padding": 1}, (5, 4)),
-    "fewer outputs": ((5, 2, 3), {"padding": 1}, (5, 4)),
-    "5×3": ((3, 3, (5, 3)), {"padding": (2, 1)}, (6, 5)),
-    "even": ((3, 3, (4, 2)), {"padding": "same"}, (6, 5)),
-    "1×1": ((5, 3, 1), {}, (2, 3)),
-    "stride": ((2, 6, 3), {"padding": 1, "stride": 2}, (6, 8)),
-    "stride, more outputs": ((2, 9, 3), {"padding": 1, "stride": (2, 1)}, (6, 3)),
-    "stem": ((1, 3, 7), {"padding": 3, "stride": 2}, (8, 6)),
-    "patches": ((2, 5, 4), {"stride": 4}, (8, 4)),
-    "patches with gaps": ((2, 9, 1), {"stride": 2}, (4, 6)),
-    "gap and overlap": ((2, 5, 3), {"padding": 1, "stride": 3}, (6, 3)),
-    "grouped": ((4, 6, 3), {"padding": 1, "groups": 2}, (4, 5)),
-    "grouped stride": ((4, 4, 2), {"stride": 2, "groups": 2}, (4, 6)),
-    "grouped stride, overlap": ((4, 6, 3), {"padding": 1, "stride": 2, "groups": 2}, (4, 6)),
-    "depthwise": ((3, 3, 3), {"padding": 1, "groups": 3}, (4, 5)),
-    "dilated": ((3, 3, 3), {"padding": 2, "dilation": 2}, (6, 5)),
-    "1-D": ((3, 4, 5), {"padding": 2}, (9,)),
-    "3-D": ((2, 2, 3), {"padding": 1}, (3, 2, 4)),
-    "circular": ((3, 3, 3), {"padding": 1, "padding_mode": "circular"}, (5, 4)),
-    "circular stride": ((2, 3, 3), {"padding": 1, "stride": 2, "padding_mode": "circular"}, (6, 4)),
-}
-
-
-def made(name: str, dtype: torch.dtype = torch.float64, gain: float = 1.0, bias: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    arguments, settings, size = GEOMETRIES[name]
-    layer = CONVS[len(size)](*arguments, bias=bias, **settings).to(dtype)
-    with torch.no_grad():
-        layer.weight.mul_(gain)
-    return layer
-
-
-def in_shape(name: str) -> tuple[int, ...]:
-    (channels, *_), _, size = GEOMETRIES[name]
-    return (channels, *size)
-
-
-def singular_values(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """All `min(outputs, inputs)` of them."""
-    return torch.linalg.svdvals(apply_to_identity(layer, shape).double())
 
 
 # -- the polynomial --------------------------------------------------------------------------------------------------------
@@ -237,21 +193,6 @@ def test_gradcheck() -> None:
 
             inputs = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
             assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-
-
-def train(layer: nn.Module, shape: tuple[int, ...], steps: int = 200) -> None:
-    """Regression on noise: far from where it started, by a step size that is too long."""
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
-    x = torch.randn(8, *shape)
-    y = torch.randn_like(layer(x).detach())
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.mse_loss(layer(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("name", ["square", "stride", "more outputs"])
