@@ -16,13 +16,15 @@ from .symbols import symmetric_product
 
 #: What numbers so small that their squares vanish can add to the norm of matrices whose entries are of order one or smaller.
 _VANISHING = 1e-12
+#: From here on squares may overflow in float32.
+_LARGE = 1e15
 
 
 def frobenius_bounds(matrices: Tensor) -> Tensor:
     """Numbers not below the `‖·‖_F` of matrices `(n, rows, columns)` with one rounding in every entry; float64.
 
-    A sum of `n` squares in any order is off by at most `(n + 1) u`, relative, with `u` half an eps (Higham 2002, §4.2), so rows are
-    summed in the precision of the entries, and the rest in float64.
+    A sum of `n` squares in any order is off by at most `(n + 1) u`, relative, with `u` half an eps (Higham 2002, §4.2), so rows
+    are summed in the precision of the entries, and the rest in float64.
     """
     lengths = exact(torch.linalg.vector_norm(matrices, dim=-1))
     relative = 1 + (matrices.shape[-1] + 8) * torch.finfo(matrices.dtype).eps
@@ -45,4 +47,5 @@ def schatten_bounds(matrices: Tensor, frobenius: Tensor) -> Tensor:
     fourth = frobenius_bounds(gram)
     eighth = frobenius_bounds(symmetric_product(gram)) + rows * eps * fourth.square()
     squared = torch.minimum(fourth, eighth.sqrt()) + (columns + 8) * eps
-    return frobenius * torch.minimum(squared.sqrt() + eps, torch.ones_like(squared)) + _VANISHING
+    sharp = frobenius * (squared.sqrt() + eps) + _VANISHING
+    return torch.minimum(sharp, frobenius).where(frobenius < _LARGE, frobenius)

@@ -15,14 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision
+from ..linalg.host import read
+from ..linalg.precision import exact, float32_is_kept, full_precision
 from ..linalg.symbols import symmetric_product
 from ..operators.dense import DenseOperator
 from .arguments import check_max_norm, check_share
 from .clip import clip
+from .outside import TOLERANCE
 
 #: A norm this little above the bound counts as inside, for what was not touched: far more than the rounding of a proof.
-_TOLERANCE = 5e-7
+_TOLERANCE = TOLERANCE / 2
 #: An estimate in float32 may be off by this; closer to the bound a proof is tried before anything is cut.
 _UNSURE = 1e-5
 #: Above this ratio to the bound, squares in float32 have lost the digits of values near the bound.
@@ -31,6 +33,8 @@ _FAR = 3.0
 _SINGLE_RANGE = 64
 #: What a clip is off by, in eps of the precision in which it is computed; and of what rounding to storage adds, a typical share.
 _CLIP_ERROR, _STORAGE_ERROR = 8, 0.3
+#: What a clip in one go may be off by, relative; what is so far outside that it is more is left to the clip that measures.
+_MOST_LOST = 1e-3
 #: Each attempt leaves this much more room than the last one; after so many the clip that measures is asked.
 _WIDEN, _ATTEMPTS = 4, 4
 #: Bytes of matrices, in float64, that are handled together.
@@ -92,8 +96,8 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
         `max_norm`, and `max_norm (1 + 5e-7)` for what was inside by that little and stays. What is inside stays bit for bit; what
         is not is the nearest up to rounding.
 
-    Cost: a Gram matrix, an `eigh` and two products of the precision of the weights, a Gram matrix and a Cholesky factor in float64.
-        The host reads twice for all batches, and again for what has more than three times the bound or fails a proof.
+    Cost: a Gram matrix, an `eigh` and two products in the precision of the weights, a Gram matrix and a Cholesky factor in
+        float64. The host reads twice for all batches, and again for what has more than three times the bound or fails a proof.
 
     Raises:
         ValueError: an argument out of range, or NaN or infinity in a matrix.
@@ -108,7 +112,7 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
     """
     check_share("depth", depth)
     weights = [batch.detach().clone() for batch in batches]
-    bounds = _bounds(batches, max_norm)
+    bounds = bounds_of(batches, max_norm)
     norms = [bound.new_zeros(len(bound)) for bound in bounds]
     jobs = [job for i, batch in enumerate(batches) if batch.numel() for job in _jobs(i, batch.detach(), bounds[i])]
     while jobs:
@@ -120,15 +124,15 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
         for job in given_up:
             for i in job.members.tolist():
                 bound = float(bounds[job.batch][i])
-                inside = clip(DenseOperator(batches[job.batch][i].detach()), bound)
-                if inside is not batches[job.batch][i]:
-                    weights[job.batch][i] = inside
-                norms[job.batch][i] = bound * (1 + 2 * _TOLERANCE)
+                weight = weights[job.batch][i]
+                measured = clip(DenseOperator(weight), bound)
+                norms[job.batch][i] = bound * (1 + TOLERANCE) if torch.equal(measured, weight) else bound
+                weight.copy_(measured)
     return [Clipped(*pair) for pair in zip(weights, norms, strict=True)]
 
 
-def _bounds(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor]) -> list[Tensor]:
-    """The bounds of all matrices in float64 on the host."""
+def bounds_of(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor]) -> list[Tensor]:
+    """The bounds of all matrices, `(n,)` for each batch, in float64 on the host."""
     if isinstance(max_norm, Sequence):
         return [bound.detach().to("cpu", torch.float64) for bound in max_norm]
     c = check_max_norm(max_norm)
@@ -151,7 +155,7 @@ def _attempt(jobs: list[_Job], depth: float) -> tuple[list[_Job], list[tuple[_Jo
     """Clip what is outside and prove it all: what is left to do, and of each job its weights, which are proven, and by what."""
     left: list[_Job] = []
     spectra = [_spectrum(job, depth) for job in jobs]
-    tops = _read([torch.stack([_top(s), (s.sigma > s.target[:, None]).sum(1).to(s.target)]) for s in spectra])
+    tops = read([torch.stack([exact(s.sigma[:, -1]), (s.sigma > s.target[:, None]).sum(1).to(s.target)]) for s in spectra])
     tried: list[tuple[_Job, Tensor, Tensor, Tensor]] = []
     for job, spectrum, (top, count) in zip(jobs, spectra, tops, strict=True):
         sure = torch.tensor(-_UNSURE if job.attempt else _UNSURE, dtype=torch.float64)
@@ -167,7 +171,7 @@ def _attempt(jobs: list[_Job], depth: float) -> tuple[list[_Job], list[tuple[_Jo
         kept = kept if job.attempt else torch.minimum(kept, (1.001 * top).clamp(min=1e-3))
         claim = torch.where(cut, job.level * (1 - depth), kept)
         tried.append((job, stored, claim.where(near, torch.zeros(())), near))
-    verdicts = _read([_proven(job, stored, claim) for job, stored, claim, _ in tried])
+    verdicts = read([_proven(job, stored, claim) for job, stored, claim, _ in tried])
     done: list[tuple[_Job, Tensor, list[int], Tensor]] = []
     for (job, stored, claim, near), verdict in zip(tried, verdicts, strict=True):
         proven = verdict > 0
@@ -176,15 +180,6 @@ def _attempt(jobs: list[_Job], depth: float) -> tuple[list[_Job], list[tuple[_Jo
         if failed:
             left.append(job.some(failed, precise=job.precise, attempt=job.attempt + 1))
     return left, done
-
-
-def _read(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """These, of the same number of dimensions but for the last, on the host in float64: it waits for the devices once."""
-    if not tensors:
-        return []
-    flat = torch.cat([exact(x).to(exact(tensors[0]).device).flatten() for x in tensors]).cpu()
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _spectrum(job: _Job, depth: float) -> _Spectrum:
@@ -198,15 +193,15 @@ def _spectrum(job: _Job, depth: float) -> _Spectrum:
     sigma = squared.clamp(min=0).sqrt()
     sigma[:, -1].masked_fill_(~finite, torch.inf)
     level = job.level.to(values.device) * (1 - depth)
-    return _Spectrum(values, sigma, vectors, level * (1 - _gap(job, level, exact(squares), dtype)).clamp(min=0.1))
+    top = exact(sigma[:, -1])
+    # an eigenvalue is off by some eps of the largest one, so those at the level by more where that is far above
+    lost = torch.finfo(dtype).eps * (_CLIP_ERROR + 2 * (top / level).square())
+    gap = _gap(job, level, exact(squares), lost.clamp(max=_MOST_LOST))
+    return _Spectrum(values, sigma, vectors, level * (1 - gap.clamp(max=0.9)))
 
 
-def _top(spectrum: _Spectrum) -> Tensor:
-    return exact(spectrum.sigma[:, -1])
-
-
-def _gap(job: _Job, level: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """How much deeper to clip, relative to the level, so that the proof of the stored values has room for its rounding and theirs.
+def _gap(job: _Job, level: Tensor, squares: Tensor, lost: Tensor) -> Tensor:
+    """How much deeper to clip, relative to the level, so that the proof of the stored values has room for its and their rounding.
 
     Rounding every entry by `e` adds about `e (√rows + √columns)` to the norm. Proofs tell whether that was enough.
     """
@@ -214,7 +209,7 @@ def _gap(job: _Job, level: Tensor, squares: Tensor, dtype: torch.dtype) -> Tenso
     stored, spacing = torch.finfo(job.weights.dtype), torch.finfo(job.weights.dtype).smallest_normal
     squares = torch.minimum(squares, rows * level.square())
     entry = (squares / (rows * columns)).sqrt() * stored.eps + spacing * stored.eps / job.unit.to(level.device)
-    rounding = _CLIP_ERROR * torch.finfo(dtype).eps + _STORAGE_ERROR * entry * (rows**0.5 + columns**0.5) / level
+    rounding = lost + _STORAGE_ERROR * entry * (rows**0.5 + columns**0.5) / level
     return rounding * _WIDEN**job.attempt + _proof_rounding(rows, columns, level.square(), squares) / level.square()
 
 
@@ -243,7 +238,8 @@ def _proven(job: _Job, stored: Tensor, claim: Tensor) -> Tensor:
     gram = symmetric_product(values)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     squared = claim.to(gram.device).square()
-    room = squared - _proof_rounding(*values.shape[1:], squared, diagonal.sum(-1))
+    rows, columns = values.shape[1:]
+    room = squared - _proof_rounding(rows, columns, squared, diagonal.sum(-1))
     gram.neg_()
     diagonal += room[:, None]
     _, failed = torch.linalg.cholesky_ex(gram)
