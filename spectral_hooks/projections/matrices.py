@@ -18,10 +18,10 @@ from torch import Tensor
 from ..linalg.host import read
 from ..linalg.precision import exact, float32_is_kept, full_precision
 from ..linalg.symbols import symmetric_product
+from ..norms.bracket import TOLERANCE
 from ..operators.dense import DenseOperator
 from .arguments import check_max_norm, check_share
 from .clip import clip
-from .outside import TOLERANCE
 
 #: A norm this little above the bound counts as inside, for what was not touched: far more than the rounding of a proof.
 _TOLERANCE = TOLERANCE / 2
