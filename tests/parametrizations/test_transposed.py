@@ -7,8 +7,7 @@ import io
 
 import pytest
 import torch
-from cases import apply_to_identity
-from test_skew import GEOMETRIES, train
+from cases import GEOMETRIES, apply_to_identity, train
 from torch import Tensor, nn
 
 import spectral_hooks as sh
