@@ -555,14 +555,18 @@ def _far_from_one(values: np.ndarray) -> float:
     return float(np.abs(values - 1).max())
 
 
+def _gain(rng: Rng) -> float:
+    return pick(rng, [1.0, float(10.0 ** rng.uniform(-20, 20))])
+
+
 def orthogonal_matrices_are_orthogonal(rng: Rng) -> Margin:
-    """`orthogonal` of a linear layer, all four maps: all singular values are 1 up to rounding, whatever the parameter becomes."""
+    """`orthogonal` of a linear layer, all maps: all singular values are `max_norm` up to rounding, whatever the parameter is."""
     dtype, kind = pick(rng, [torch.float32, torch.float64]), pick(rng, ["cayley", "qr", "exp", "householder"])
-    layer = attacks.linear(rng, dtype, extreme=0)
-    about = f"orthogonal({kind!r}) of {shown(layer)}"
-    layer = sh.parametrizations.orthogonal(layer, orthogonal_map=kind)
+    layer, gain = attacks.linear(rng, dtype, extreme=0), _gain(rng)
+    about = f"orthogonal({gain!r}, orthogonal_map={kind!r}) of {shown(layer)}"
+    layer = sh.parametrizations.orthogonal(layer, gain, orthogonal_map=kind)
     about += " " + _set(rng, layer)
-    off = _far_from_one(observers.singular_values(layer.weight))
+    off = _far_from_one(observers.singular_values(layer.weight) / gain)
     return Margin(off - _orthogonal_rounding(dtype), f"{about}: off by {off}")
 
 
@@ -572,11 +576,11 @@ def _orthogonal_rounding(dtype: torch.dtype) -> float:
 
 
 def orthogonal_kernels_are_orthogonal(rng: Rng) -> Margin:
-    """`orthogonal` of a convolution: all singular values on the lattice are 1 up to rounding, whatever the parameters become."""
+    """`orthogonal` of a convolution: all singular values on the lattice are `max_norm` up to rounding, whatever is set."""
     dtype, kind = pick(rng, [torch.float32, torch.float64]), pick(rng, ["cayley", "qr", "exp", "householder"])
-    layer = attacks.convolution(rng, dtype, extreme=0, most=8)
-    plain, about = copy.deepcopy(layer), f"orthogonal({kind!r}) of {shown(layer)}"
-    layer = sh.parametrizations.orthogonal(layer, orthogonal_map=kind)
+    layer, gain = attacks.convolution(rng, dtype, extreme=0, most=8), _gain(rng)
+    plain, about = copy.deepcopy(layer), f"orthogonal({gain!r}, orthogonal_map={kind!r}) of {shown(layer)}"
+    layer = sh.parametrizations.orthogonal(layer, gain, orthogonal_map=kind)
     about += " " + _set(rng, layer)
     plain.weight.data = layer.weight.detach()
     kernels, exponent = observers.by_groups(plain)
@@ -589,7 +593,7 @@ def orthogonal_kernels_are_orthogonal(rng: Rng) -> Margin:
         channels = plain.in_channels // plain.groups if not plain.transposed else plain.out_channels // plain.groups
         read = prod(_read(s, d, k) for s, d, k in zip(plain.stride, plain.dilation, plain.kernel_size, strict=True))
         rank = min(kernel.shape[0], channels * read)
-        off = max(off, _far_from_one(values[:, :rank]))
+        off = max(off, _far_from_one(values[:, :rank] / gain))
     return Margin(off - _orthogonal_rounding(dtype) * sum(plain.kernel_size), f"{about}: off by {off}")
 
 
