@@ -25,6 +25,7 @@ WITH_EXAMPLES = {
     "spectral_hooks.norms.singular_values",
     "spectral_hooks.norms.asymptotic",
     "spectral_hooks.norms.padding",
+    "spectral_hooks.norms.quick",
     "spectral_hooks.norms.estimates",
     "spectral_hooks.norms.bounds.absolute_sum",
     "spectral_hooks.norms.bounds.cosine_grid",

@@ -1,5 +1,7 @@
 """Layers that satisfy a constraint by construction: each function takes a layer and returns it or what replaces it.
 
+Where there is a bound, or a gain that all singular values have, it is the second argument, `max_norm`.
+
 DDP and FSDP2 (`fully_shard`) work: parametrize first, shard afterwards; measure between `layer.unshard()` and
 `layer.reshard()`. Under FSDP the parameters of `rescaled`, `clipped` and `banded` come back inside by their gradients alone, for
 what a forward writes to gathered weights is lost.

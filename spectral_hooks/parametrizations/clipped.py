@@ -219,7 +219,7 @@ class Clipped(nn.Module):
 def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dtype) -> Tensor:
     """For a canonical kernel of one tap; in `dtype` it is still inside."""
     kernel = op.canonical()
-    # what float32 has no number for, nothing reaches
+    # where the dtype has no number for the bound, below its largest is inside too
     high = min(high / op.lattice_factor, torch.finfo(kernel.dtype).max / 2)
     rounding = torch.finfo(kernel.dtype).eps * _ROUNDINGS
     if dtype != kernel.dtype:
@@ -229,8 +229,8 @@ def _banded_matrix(op: KernelOperator, low: float, high: float, dtype: torch.dty
     inner = min(low * room, high), max(high / room, min(low * room, high))
     # what is half as near to the end stays as it is: a matrix that was moved is not moved again by its rounding
     kept = (
-        sqrt(low * inner[0]) if inner[0] < high else low / room,
-        sqrt(high * inner[1]) if inner[1] > low else high * room,
+        sqrt(low) * sqrt(inner[0]) if inner[0] < high else low / room,
+        sqrt(high) * sqrt(inner[1]) if inner[1] > low else high * room,
     )
     moved = banded_values(kernel.flatten(2), *inner, kept=kept, inward=True)
     return op.from_canonical(moved.reshape(kernel.shape)).to(dtype)

@@ -25,7 +25,9 @@ _logger = logging.getLogger("spectral_hooks")
 def orthogonal(layer: Layer, max_norm: float = 1.0, *, orthogonal_map: str = "cayley") -> Layer:
     """Make a layer orthogonal, times a gain: all its singular values are `max_norm`, whatever its parameters become.
 
-        weight = c Q,   QᵀQ = I  or  QQᵀ = I,   zero and 1e30 alike.
+        weight = c Q,   QᵀQ = I  or  QQᵀ = I,
+
+    for parameters of zero and of 1e30 alike.
 
     **Linear**: `QᵀQ = I` for at least as many outputs as inputs, else `QQᵀ = I`; exact up to rounding. It starts at the nearest
     such matrix, `c` times the polar factor of the present weight.
@@ -87,7 +89,7 @@ def orthogonal(layer: Layer, max_norm: float = 1.0, *, orthogonal_map: str = "ca
     Source: Lezcano-Casado and Martínez-Rubio (2019); Li et al. (2019); Boissin et al. (2025).
     """
     max_norm = check_max_norm(max_norm)
-    if orthogonal_map not in MAPS:
+    if orthogonal_map not in list(MAPS):
         raise ValueError(f"`orthogonal_map` must be one of {', '.join(MAPS)}; got {orthogonal_map!r}.")
     op = as_operator(layer)
     op.check_bounded()

@@ -222,6 +222,21 @@ def test_exact_for_matrices(name: str) -> None:
     assert torch.allclose(matrices(banded(layer, high, min_norm=low)), (u * s.clamp(low, high).unsqueeze(-2)) @ vh, atol=1e-13)
 
 
+def test_kernels_of_many_taps_go_through_fourier_transforms_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def result() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        layer = clipped(nn.Conv2d(2, 3, 11, dtype=torch.float64)).eval()
+        with torch.no_grad():
+            original(layer).mul_(3)
+        (layer.weight * torch.randn_like(layer.weight)).sum().backward()
+        return layer.weight.detach(), original(layer).grad
+
+    transformed = result()
+    monkeypatch.setattr("spectral_hooks.projections.frequencies._FEW_TAPS", 1000)
+    for one, other in zip(transformed, result(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_nearer_than_scaling_and_not_far_from_the_projection(name: str) -> None:
     layer = made(name, gain=3)
@@ -414,11 +429,14 @@ def test_refuses_bands(min_norm) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("value", [1e-20, 0.3, 1e20])
+@pytest.mark.parametrize("value", [1e-200, 1e-20, 0.3, 1e20, 1e200])
 def test_a_band_without_a_lower_end_is_one_value(name: str, value: float) -> None:
     for layer in (banded(made(name), value), banded(made(name), value, min_norm=value)):
-        values = torch.linalg.svdvals(matrices(layer))
-        torch.testing.assert_close(values / value, torch.ones_like(values))
+        for factor in (1e-3, 1.0, 1e3):
+            with torch.no_grad():
+                original(layer).copy_(made(name).weight * value * factor)
+            values = torch.linalg.svdvals(matrices(layer) / value)
+            torch.testing.assert_close(values, torch.ones_like(values))
 
 
 @pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])

@@ -27,7 +27,7 @@ LAYERS = {
     "groups": lambda: nn.Conv1d(6, 4, 4, groups=2, dilation=2),
     "transposed": lambda: nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1),
 }
-GAINS = [1e-20, 1e-3, 0.7, 1.0, 3, 1e6, 1e20]
+GAINS = [1e-20, 0.7, 3, 1e20]
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -295,6 +295,9 @@ def test_refuses_a_gain_that_the_dtype_has_not(dtype: torch.dtype, max_norm: flo
 
 
 def test_the_map_is_named() -> None:
+    for unknown in ("polar", None, ["qr"]):
+        with pytest.raises(ValueError, match="`orthogonal_map` must be one of cayley, qr, exp, householder"):
+            orthogonal(plain("wide"), orthogonal_map=unknown)
     with pytest.raises(TypeError, match="positional"):
         orthogonal(plain("wide"), 1.0, "qr")
     with pytest.raises(TypeError, match="map"):
