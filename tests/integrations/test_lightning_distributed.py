@@ -21,7 +21,7 @@ from cases import shards_on_cpu
 from test_lightning import TOLERANCE, largest_norm
 
 #: A batch split over two processes is summed in another order.
-ROUNDING = 1e-5
+ROUNDING = 1e-6
 
 
 def launch(kind: str, folder: Path) -> list[list[dict]]:
