@@ -193,7 +193,7 @@ class SpectralClip(HookCallback):
         self.hook.split = given  # it is a setting; the parts are those of this model
         changed = sum(p._version != version for p, version in frozen.items())
         if changed and hasattr(kwargs["model"], "peft_config"):
-            what = f"{changed} frozen weights exceeded {self.hook.max_norm} by themselves and were projected."
+            what = f"{changed} frozen weights exceeded {self.hook.bound} by themselves and were projected."
             remedy = "PEFT's checkpoints do not hold them: save the merged model (merge_and_unload), or the base model as well."
             warnings.warn(f"{what} {remedy}", stacklevel=2)
 

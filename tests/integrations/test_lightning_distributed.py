@@ -22,7 +22,7 @@ from cases import shards_on_cpu
 from torch import nn
 
 #: A batch split over two processes is summed in another order.
-ROUNDING = 1e-5
+ROUNDING = 1e-6
 
 
 def launch(kind: str, folder: Path) -> list[list[dict]]:

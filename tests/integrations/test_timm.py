@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from cases import apply_to_identity, traces_copies
+from counting import OPTIONS, WRONG
 from torch import nn
 
 import spectral_hooks as sh
@@ -276,6 +277,25 @@ def test_functions_of_ones_own() -> None:
     apply_spectral(model, projection="clip", every=2, log=True, optimizer=optimizer)
     train(model, optimizer=optimizer)
     assert max(norms(model).values()) <= 1 + TOLERANCE
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_the_hook_reaches_it_under_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, core, option = [], sh.SpectralClip, {name: OPTIONS[name]}
+
+    class Recorded(sh.SpectralClip):
+        def start(self, model: nn.Module) -> None:
+            made.append(self)
+
+    monkeypatch.setattr(sh.hooks, "SpectralClip", Recorded)
+    apply_spectral(nn.Linear(2, 2), *(() if name == "projection" else ("clip",)), **option)
+    assert getattr(made[0], name) == getattr(core(**option), name) != getattr(core(), name)
+
+
+@pytest.mark.parametrize(("option", "error"), [*WRONG, ({"lora": "product2"}, ValueError)])
+def test_options_of_the_hook_are_checked(option: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"`?{next(iter(option))}"):
+        apply_spectral(nn.Linear(2, 2), *(() if "projection" in option else ("clip",)), **option)
 
 
 def test_what_is_mistaken_for_a_parametrization_is_told() -> None:
