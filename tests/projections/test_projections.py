@@ -196,7 +196,7 @@ def test_a_large_matrix_that_is_inside_stays_at_every_scale(power: int) -> None:
 @pytest.mark.parametrize("kind", ["matrix", "patches", "lattice"])
 def test_rounding_does_not_take_a_clip_farther_than_scaling(kind: str, dtype: torch.dtype) -> None:
     make, shape = KINDS[kind]
-    for seed in range(20):
+    for seed in range(6 if kind == "lattice" else 20):  # one of a lattice costs several of the others
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         for share in (0.999, 0.99, 0.9):
             op = make(weight)
