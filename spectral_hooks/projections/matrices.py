@@ -28,11 +28,12 @@ _TOLERANCE = TOLERANCE / 2
 #: An estimate in float32 may be off by this; closer to the bound a proof is tried before anything is cut.
 _UNSURE = 1e-5
 #: Above this ratio to the bound, squares in float32 have lost the digits of values near the bound.
-_FAR = 3.0
+_FAR = 1.5
 #: Bounds beyond these powers of two are not handled in single precision.
 _SINGLE_RANGE = 64
-#: What a clip is off by, in eps of the precision in which it is computed; and of what rounding to storage adds, a typical share.
-_CLIP_ERROR, _STORAGE_ERROR = 8, 0.3
+#: What a clip is off by, in eps of the precision in which it is computed, and for every root of the rows; and of what rounding to
+#: storage adds, a typical share.
+_CLIP_ERROR, _CLIP_GROWTH, _STORAGE_ERROR = 4, 0.5, 0.3
 #: What a clip in one go may be off by, relative; what is so far outside that it is more is left to the clip that measures.
 _MOST_LOST = 1e-3
 #: Each attempt leaves this much more room than the last one; after so many the clip that measures is asked.
@@ -97,7 +98,7 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
         is not is the nearest up to rounding.
 
     Cost: a Gram matrix, an `eigh` and two products in the precision of the weights, a Gram matrix and a Cholesky factor in
-        float64. The host reads twice for all batches, and again for what has more than three times the bound or fails a proof.
+        float64. The host reads twice for all batches, and again for what has more than 1.5 times the bound or fails a proof.
 
     Raises:
         ValueError: an argument out of range, or NaN or infinity in a matrix.
@@ -195,7 +196,8 @@ def _spectrum(job: _Job, depth: float) -> _Spectrum:
     level = job.level.to(values.device) * (1 - depth)
     top = exact(sigma[:, -1])
     # an eigenvalue is off by some eps of the largest one, so those at the level by more where that is far above
-    lost = torch.finfo(dtype).eps * (_CLIP_ERROR + 2 * (top / level).square())
+    own = _CLIP_ERROR + _CLIP_GROWTH * values.shape[1] ** 0.5
+    lost = torch.finfo(dtype).eps * (own + 2 * (top / level).square())
     gap = _gap(job, level, exact(squares), lost.clamp(max=_MOST_LOST))
     return _Spectrum(values, sigma, vectors, level * (1 - gap.clamp(max=0.9)))
 

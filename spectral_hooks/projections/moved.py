@@ -16,7 +16,7 @@ from .matrices import Clipped, bounds_of
 
 #: Above its bound by this, relative to it, a norm still counts as inside.
 _TOLERANCE = 1e-6
-#: Moves that are bounded in units of order one need not be scaled; beyond the last power of two not in float32.
+#: Bounds within the first power of two of 1 need no other unit; those beyond the second are not handled in float32.
 _MODERATE, _SINGLE_RANGE = 20, 64
 
 
@@ -69,7 +69,7 @@ def moved_norms(
         return []
     sizes = [len(batch) for batch in batches]
     bounds = torch.cat(bounds_of(batches, max_norm))
-    units = [2.0 ** round(log2(float(c[0]))) if len(c) else 1.0 for c in bounds.split(sizes)]
+    units = [_unit(c) for c in bounds.split(sizes)]
     moves = _differences(batches, [last.weights for last in known], units)
     unit, rank = (_each(x, sizes) for x in (units, [min(move.shape[1:]) for move in moves]))
     norms = torch.cat([last.norms for last in known])
@@ -88,6 +88,12 @@ def moved_norms(
     inside = torch.where(moved <= room, norms + moved, inf)
     sharp = (sharp | late) & ~(far <= room) & (far <= reach)
     return [Moved(*pair) for pair in zip(inside.split(sizes), sharp.split(sizes), strict=True)]
+
+
+def _unit(bounds: Tensor) -> float:
+    """A power of two near the bounds of a batch, in which its moves are measured, so that squares neither vanish nor overflow."""
+    power = round(log2(float(bounds[0]))) if len(bounds) else 0
+    return 2.0**power if abs(power) > _MODERATE else 1.0
 
 
 def _each(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
@@ -122,6 +128,6 @@ def _differences(now: Sequence[Tensor], then: Sequence[Tensor], units: Sequence[
         for w, v, d in zip(now, then, dtypes, strict=True)
     ]
     moves = list(torch._foreach_sub([w for w, _ in pairs], [v for _, v in pairs])) if pairs else []
-    if any(abs(log2(unit)) > _MODERATE for unit in units):
+    if any(unit != 1 for unit in units):
         torch._foreach_div_(moves, list(units))
     return [move if move.shape[1] <= move.shape[2] else move.mT for move in moves]
