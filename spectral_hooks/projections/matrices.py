@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.host import read
-from ..linalg.precision import exact, float32_is_kept, full_precision
+from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision, widest
 from ..linalg.symbols import symmetric_product
 from ..operators.dense import DenseOperator
 from .arguments import check_max_norm, check_share
@@ -68,7 +68,8 @@ class _Job(NamedTuple):
 
     def values(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """These weights over the unit: a power of two, so nothing is rounded."""
-        return weights.to(dtype) / self.unit.to(weights.device, dtype)[:, None, None]
+        values = exact(weights) if dtype == torch.float64 else weights.to(dtype)
+        return values / self.unit.to(values)[:, None, None]
 
 
 class _Spectrum(NamedTuple):
@@ -145,7 +146,9 @@ def _jobs(index: int, batch: Tensor, bounds: Tensor) -> list[_Job]:
     wide = batch if batch.shape[1] <= batch.shape[2] else batch.mT
     powers = [floor(log2(c)) for c in bounds.tolist()]
     unit = torch.tensor([2.0**power for power in powers], dtype=torch.float64)
-    precise = batch.dtype == torch.float64 or not float32_is_kept() or max(map(abs, powers)) > _SINGLE_RANGE
+    single = at_least_float32(batch.dtype) == torch.float32 and float32_is_kept() and max(map(abs, powers)) <= _SINGLE_RANGE
+    # a device without float64 has the proofs done on the host, where half of the work is not worth a copy
+    precise = not single or widest(batch.device) != torch.float64
     some = max(_BATCH_BYTES // (8 * batch[0].numel()), 1)
     places = torch.arange(len(batch)).split(some)
     parts = zip(places, wide.split(some), unit.split(some), (bounds / unit).split(some), strict=True)
@@ -236,7 +239,7 @@ def _proven(job: _Job, stored: Tensor, claim: Tensor) -> Tensor:
 
     A Cholesky factor of `A = (claim² - s) I - G` that exists proves `A + ΔA ⪰ 0`, with `s` for the rounding.
     """
-    values = job.values(exact(stored), torch.float64)
+    values = job.values(stored, torch.float64)
     gram = symmetric_product(values)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     squared = claim.to(gram.device).square()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.host import read
-from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision
+from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision, widest
 from ..linalg.schatten import frobenius_bounds, schatten_bounds
 from .matrices import Clipped, bounds_of
 
@@ -122,7 +122,7 @@ def _sharp(moves: Sequence[Tensor], lengths: Sequence[Tensor], which: Sequence[T
 def _differences(now: Sequence[Tensor], then: Sequence[Tensor], units: Sequence[float]) -> list[Tensor]:
     """`W - V` over the units, with no more rows than columns: in float32 where that rounds each entry once, by little."""
     kept = float32_is_kept() and all(abs(log2(unit)) <= _SINGLE_RANGE for unit in units)
-    dtypes = [at_least_float32(w.dtype) if kept else torch.float64 for w in now]
+    dtypes = [at_least_float32(w.dtype) if kept and widest(w.device) == torch.float64 else torch.float64 for w in now]
     pairs = [
         (exact(w), exact(v)) if d == torch.float64 else (w.to(d), v.to(w.device, d))
         for w, v, d in zip(now, then, dtypes, strict=True)
