@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.host import read
-from ..linalg.precision import exact, float32_is_kept, full_precision
+from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision, widest
 from ..linalg.symbols import symmetric_product
 from ..norms.bracket import TOLERANCE
 from ..operators.dense import DenseOperator
@@ -28,11 +28,12 @@ _TOLERANCE = TOLERANCE / 2
 #: An estimate in float32 may be off by this; closer to the bound a proof is tried before anything is cut.
 _UNSURE = 1e-5
 #: Above this ratio to the bound, squares in float32 have lost the digits of values near the bound.
-_FAR = 3.0
+_FAR = 1.5
 #: Bounds beyond these powers of two are not handled in single precision.
 _SINGLE_RANGE = 64
-#: What a clip is off by, in eps of the precision in which it is computed; and of what rounding to storage adds, a typical share.
-_CLIP_ERROR, _STORAGE_ERROR = 8, 0.3
+#: What a clip is off by, in eps of the precision in which it is computed, and for every root of the rows; and of what rounding to
+#: storage adds, a typical share.
+_CLIP_ERROR, _CLIP_GROWTH, _STORAGE_ERROR = 4, 0.5, 0.3
 #: What a clip in one go may be off by, relative; what is so far outside that it is more is left to the clip that measures.
 _MOST_LOST = 1e-3
 #: Each attempt leaves this much more room than the last one; after so many the clip that measures is asked.
@@ -67,7 +68,8 @@ class _Job(NamedTuple):
 
     def values(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """These weights over the unit: a power of two, so nothing is rounded."""
-        return weights.to(dtype) / self.unit.to(weights.device, dtype)[:, None, None]
+        values = exact(weights) if dtype == torch.float64 else weights.to(dtype)
+        return values / self.unit.to(values)[:, None, None]
 
 
 class _Spectrum(NamedTuple):
@@ -97,7 +99,7 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
         is not is the nearest up to rounding.
 
     Cost: a Gram matrix, an `eigh` and two products in the precision of the weights, a Gram matrix and a Cholesky factor in
-        float64. The host reads twice for all batches, and again for what has more than three times the bound or fails a proof.
+        float64. The host reads twice for all batches, and again for what has more than 1.5 times the bound or fails a proof.
 
     Raises:
         ValueError: an argument out of range, or NaN or infinity in a matrix.
@@ -144,7 +146,9 @@ def _jobs(index: int, batch: Tensor, bounds: Tensor) -> list[_Job]:
     wide = batch if batch.shape[1] <= batch.shape[2] else batch.mT
     powers = [floor(log2(c)) for c in bounds.tolist()]
     unit = torch.tensor([2.0**power for power in powers], dtype=torch.float64)
-    precise = batch.dtype == torch.float64 or not float32_is_kept() or max(map(abs, powers)) > _SINGLE_RANGE
+    single = at_least_float32(batch.dtype) == torch.float32 and float32_is_kept() and max(map(abs, powers)) <= _SINGLE_RANGE
+    # a device without float64 has the proofs done on the host, where half of the work is not worth a copy
+    precise = not single or widest(batch.device) != torch.float64
     some = max(_BATCH_BYTES // (8 * batch[0].numel()), 1)
     places = torch.arange(len(batch)).split(some)
     parts = zip(places, wide.split(some), unit.split(some), (bounds / unit).split(some), strict=True)
@@ -195,7 +199,8 @@ def _spectrum(job: _Job, depth: float) -> _Spectrum:
     level = job.level.to(values.device) * (1 - depth)
     top = exact(sigma[:, -1])
     # an eigenvalue is off by some eps of the largest one, so those at the level by more where that is far above
-    lost = torch.finfo(dtype).eps * (_CLIP_ERROR + 2 * (top / level).square())
+    own = _CLIP_ERROR + _CLIP_GROWTH * values.shape[1] ** 0.5
+    lost = torch.finfo(dtype).eps * (own + 2 * (top / level).square())
     gap = _gap(job, level, exact(squares), lost.clamp(max=_MOST_LOST))
     return _Spectrum(values, sigma, vectors, level * (1 - gap.clamp(max=0.9)))
 
@@ -234,7 +239,7 @@ def _proven(job: _Job, stored: Tensor, claim: Tensor) -> Tensor:
 
     A Cholesky factor of `A = (claim² - s) I - G` that exists proves `A + ΔA ⪰ 0`, with `s` for the rounding.
     """
-    values = job.values(exact(stored), torch.float64)
+    values = job.values(stored, torch.float64)
     gram = symmetric_product(values)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     squared = claim.to(gram.device).square()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..linalg.host import read
-from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision
+from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision, widest
 from ..linalg.schatten import frobenius_bounds, schatten_bounds
 from .matrices import Clipped, bounds_of
 
 #: Above its bound by this, relative to it, a norm still counts as inside.
 _TOLERANCE = 1e-6
-#: Moves that are bounded in units of order one need not be scaled; beyond the last power of two not in float32.
+#: Bounds within the first power of two of 1 need no other unit; those beyond the second are not handled in float32.
 _MODERATE, _SINGLE_RANGE = 20, 64
 
 
@@ -69,7 +69,7 @@ def moved_norms(
         return []
     sizes = [len(batch) for batch in batches]
     bounds = torch.cat(bounds_of(batches, max_norm))
-    units = [2.0 ** round(log2(float(c[0]))) if len(c) else 1.0 for c in bounds.split(sizes)]
+    units = [_unit(c) for c in bounds.split(sizes)]
     moves = _differences(batches, [last.weights for last in known], units)
     unit, rank = (_each(x, sizes) for x in (units, [min(move.shape[1:]) for move in moves]))
     norms = torch.cat([last.norms for last in known])
@@ -88,6 +88,12 @@ def moved_norms(
     inside = torch.where(moved <= room, norms + moved, inf)
     sharp = (sharp | late) & ~(far <= room) & (far <= reach)
     return [Moved(*pair) for pair in zip(inside.split(sizes), sharp.split(sizes), strict=True)]
+
+
+def _unit(bounds: Tensor) -> float:
+    """A power of two near the bounds of a batch, in which its moves are measured, so that squares neither vanish nor overflow."""
+    power = round(log2(float(bounds[0]))) if len(bounds) else 0
+    return 2.0**power if abs(power) > _MODERATE else 1.0
 
 
 def _each(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
@@ -116,12 +122,12 @@ def _sharp(moves: Sequence[Tensor], lengths: Sequence[Tensor], which: Sequence[T
 def _differences(now: Sequence[Tensor], then: Sequence[Tensor], units: Sequence[float]) -> list[Tensor]:
     """`W - V` over the units, with no more rows than columns: in float32 where that rounds each entry once, by little."""
     kept = float32_is_kept() and all(abs(log2(unit)) <= _SINGLE_RANGE for unit in units)
-    dtypes = [at_least_float32(w.dtype) if kept else torch.float64 for w in now]
+    dtypes = [at_least_float32(w.dtype) if kept and widest(w.device) == torch.float64 else torch.float64 for w in now]
     pairs = [
         (exact(w), exact(v)) if d == torch.float64 else (w.to(d), v.to(w.device, d))
         for w, v, d in zip(now, then, dtypes, strict=True)
     ]
     moves = list(torch._foreach_sub([w for w, _ in pairs], [v for _, v in pairs])) if pairs else []
-    if any(abs(log2(unit)) > _MODERATE for unit in units):
+    if any(unit != 1 for unit in units):
         torch._foreach_div_(moves, list(units))
     return [move if move.shape[1] <= move.shape[2] else move.mT for move in moves]

@@ -196,6 +196,26 @@ def test_the_random_walk_rests_many_steps_between_clips() -> None:
     assert bool(now_known.sharply)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slack", [0.0, 0.02])
+def test_many_steps_at_the_bound(slack: float, dtype: torch.dtype) -> None:
+    """What a hook does after every step, for updates of all sizes: the stored values never leave the ball."""
+    now = (random(3, 32, 80) / 4).to(dtype)
+    [known], sharply = clip_matrices([now], 1.0, depth=slack), [torch.zeros(3, dtype=torch.bool)]
+    now = known.weights.clone()
+    for seed in range(120):
+        size = (1e-5, 1e-3, 1e-2)[seed // 40] * (100 if seed % 40 == 17 else 1)
+        now = (now.float() + size * random(3, 32, 80, seed=seed)).to(dtype)
+        [found] = moved_norms([now], [known], 1.0, sharply)
+        sharply = [found.sharply]
+        if (found.norms == float("inf")).any():
+            [known] = clip_matrices([now], 1.0, depth=slack)
+            now = known.weights.clone()
+            found = found._replace(norms=known.norms)
+        for matrix, norm in zip(now, found.norms.tolist(), strict=True):
+            assert matrix_norm(matrix) <= norm <= ALLOWED
+
+
 class Counter(TorchDispatchMode):
     """Counts torch operations, and how often the host asks for what is made of the weights, as if they were on a device."""
 
