@@ -536,7 +536,8 @@ def test_all_frozen_is_nothing_to_do() -> None:
     model = large().requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     hook = sh.SpectralClip(1.0, log=True)
-    hook.attach(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    with pytest.warns(UserWarning, match="none of the 2 selected weights"):
+        hook.attach(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
     assert hook.clipped == 0
     assert hook.largest_norm is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
