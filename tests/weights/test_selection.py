@@ -532,6 +532,7 @@ def test_a_layer_is_frozen_if_its_weight_is(frozen: list[str]) -> None:
     assert ("0" in hook.skipped) == ("weight" in frozen)
 
 
+@pytest.mark.filterwarnings("ignore:none of the .* is stepped by this optimizer")
 def test_all_frozen_is_nothing_to_do() -> None:
     model = large().requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
