@@ -573,6 +573,7 @@ def test_operators_do_not_touch_the_layer() -> None:
 # -- what is no dense weight ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize(
     ("change", "error", "remedy"),
     [
