@@ -6,6 +6,7 @@ which costs less: a proof needs no digits, and only a failing one looks for more
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..linalg.krylov import seen_above
 from ..linalg.precision import at_least_float32
-from ..operators.base import KernelOperator
+from ..operators.base import KernelOperator, Kind
 from .groups import grid_norms, lattice_norms
 from .spectral_norm import spectral_norm
 
@@ -36,13 +37,7 @@ def bracket(op: KernelOperator, rtol: float | None = None) -> Tensor:
     Returns:
         `(groups,)`, in float64, on the host.
     """
-    form = op.canonical_form()
-    match form.kind:
-        case "circular":
-            return grid_norms(form.kernel, form.sizes)
-        case "matrix" | "lattice":
-            return form.factor * lattice_norms(form.kernel, rtol or usual_rtol(form.kernel))
-    return torch.tensor([_by_products(part) for part in op.each_group()], dtype=torch.float64)
+    return _BRACKETS[op.kind](op, rtol)
 
 
 def at_most(op: KernelOperator, max_norm: float) -> Tensor:
@@ -57,16 +52,7 @@ def at_most(op: KernelOperator, max_norm: float) -> Tensor:
     Returns:
         `(groups,)`, bool, on the host.
     """
-    form, level = op.canonical_form(), max_norm * (1 + TOLERANCE)
-    match form.kind:
-        case "circular":
-            return grid_norms(form.kernel, form.sizes) <= level
-        case "matrix" if seen_above(form.kernel[0], max_norm):
-            return torch.zeros(1, dtype=torch.bool)
-        case "matrix" | "lattice":
-            return lattice_norms(form.kernel, usual_rtol(form.kernel), level / form.factor) < inf
-    everywhere = lattice_norms(form.kernel, usual_rtol(form.kernel), max_norm / form.factor) < inf
-    return everywhere if everywhere.all() else everywhere | (bracket(op) <= level)
+    return _PROOFS[op.kind](op, max_norm * (1 + TOLERANCE))
 
 
 def usual_rtol(kernel: Tensor) -> float:
@@ -79,8 +65,55 @@ def usual_rtol(kernel: Tensor) -> float:
     return 1e-3 if size <= 8 else min(2e-3 * max(size / 64, 1.0), 1e-2)
 
 
-def _by_products(op: KernelOperator) -> float:
-    """The matrix-free norm of an operator with one group, raised by what it may lack."""
-    # over a power of two, so that a norm between the smallest numbers of the dtype is not rounded to one of them
-    unit, scale = op.of_order_one(at_least_float32(op.dtype))
-    return float(spectral_norm(unit)) * scale * (1 + _MATRIX_FREE_ERROR)
+def _bracket_circular(op: KernelOperator, rtol: float | None) -> Tensor:
+    form = op.canonical_form()
+    return grid_norms(form.kernel, form.sizes)
+
+
+def _bracket_lattice(op: KernelOperator, rtol: float | None) -> Tensor:
+    form = op.canonical_form()
+    return form.factor * lattice_norms(form.kernel, rtol or usual_rtol(form.kernel))
+
+
+def _bracket_finite(op: KernelOperator, rtol: float | None) -> Tensor:
+    """The matrix-free norms of the groups, raised by what they may lack."""
+    norms = []
+    for part in op.each_group():
+        # over a power of two, so that a norm between the smallest numbers of the dtype is not rounded to one of them
+        unit, scale = part.of_order_one(at_least_float32(op.dtype))
+        norms.append(float(spectral_norm(unit)) * scale * (1 + _MATRIX_FREE_ERROR))
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+def _prove_matrix(op: KernelOperator, level: float) -> Tensor:
+    return torch.zeros(1, dtype=torch.bool) if seen_above(op.canonical()[0], level) else _prove_lattice(op, level)
+
+
+def _prove_circular(op: KernelOperator, level: float) -> Tensor:
+    return _bracket_circular(op, None) <= level
+
+
+def _prove_lattice(op: KernelOperator, level: float) -> Tensor:
+    form = op.canonical_form()
+    return lattice_norms(form.kernel, usual_rtol(form.kernel), level / form.factor) < inf
+
+
+def _prove_finite(op: KernelOperator, level: float) -> Tensor:
+    """By what bounds it at every size, and where that is too large by itself."""
+    everywhere = _prove_lattice(op, level)
+    return everywhere if everywhere.all() else everywhere | (_bracket_finite(op, None) <= level)
+
+
+#: How a norm is found, and how it is proven not to exceed a level, by the kind of operator.
+_BRACKETS: dict[Kind, Callable[[KernelOperator, float | None], Tensor]] = {
+    "matrix": _bracket_lattice,
+    "circular": _bracket_circular,
+    "lattice": _bracket_lattice,
+    "finite": _bracket_finite,
+}
+_PROOFS: dict[Kind, Callable[[KernelOperator, float], Tensor]] = {
+    "matrix": _prove_matrix,
+    "circular": _prove_circular,
+    "lattice": _prove_lattice,
+    "finite": _prove_finite,
+}
