@@ -766,6 +766,7 @@ def test_every_layer_is_found_or_has_a_reason(animals: Any) -> None:
     assert max(float(sh.spectral_norm(op)) for op in operators(animals).values()) <= 1.001
 
 
+@pytest.mark.filterwarnings("ignore:.*want of support.*")
 @pytest.mark.parametrize(
     ("patterns", "names"),
     [
