@@ -1,4 +1,4 @@
-"""When a hook acts: projecting now, and right after the last write of every real optimizer step."""
+"""When a hook acts: at once, and right after the last write of every real optimizer step."""
 
 from __future__ import annotations
 

@@ -43,6 +43,10 @@ class SpectralClip(Hook):
     Most steps cost little: with `V` a weight that was certified, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(W - V)‖`, and a coarse bound of the second
     term will do until the weight has moved far. The hook keeps such a `V` of every weight (as much memory again as the weights).
 
+    The weights are inside after the last write of wrapped optimizers (SAM, Lookahead, ZeRO, Opacus, Accelerate), and slow weights
+    too. Of a schedule-free optimizer the fast iterate and the average are projected, so that the weights are inside where it
+    trains and, after `optimizer.eval()`, where it evaluates.
+
     Nothing is left free in silence: every parameter of two or more dimensions is constrained, or `skipped` has the reason. When
     more than a tenth of them (in elements) is free for want of support there is a warning at the start. Frozen weights
     (`requires_grad=False`) are left as they are while training, until they are thawed; `start(model)` alone projects them too.
