@@ -745,6 +745,7 @@ def chosen(clip: SpectralClipCallback) -> set[str]:
     return {target.name for target in clip.hook.targets}
 
 
+@pytest.mark.filterwarnings("ignore:.*want of support.*")
 def test_every_layer_is_found_or_has_a_reason(animals: Any) -> None:
     clip = started(animals)
     attention = {f"attention.{part}" for part in ("query", "key", "value", "attention_output")}
@@ -766,6 +767,7 @@ def test_every_layer_is_found_or_has_a_reason(animals: Any) -> None:
     assert max(float(sh.spectral_norm(op)) for op in operators(animals).values()) <= 1.001
 
 
+@pytest.mark.filterwarnings("ignore:.*want of support.*")
 @pytest.mark.parametrize(
     ("patterns", "names"),
     [
@@ -876,22 +878,19 @@ def test_options_are_checked_in_the_constructor(option: dict[str, Any], error: t
 
 @pytest.mark.parametrize("momentum", [0.99, 0.5])
 def test_gains_of_batch_normalizations(momentum: float) -> None:
-    """As the layer has them when `fit` is over: the gain of each channel, by the layer's own forward."""
+    """`|γ| / √(variance + ε)` of each channel in float64, as the layer has them when `fit` is over."""
 
-    def trained(*callbacks: Any) -> Any:
-        model = keras.Sequential([keras.Input(X.shape[1:]), L.Conv2D(4, 3), L.BatchNormalization(momentum=momentum, name="norm")])
-        model.add(L.Flatten())
-        model.add(L.Dense(3))
-        norm = model.get_layer("norm")
+    def trained(*callbacks: Any) -> float:
+        norm = L.BatchNormalization(momentum=momentum, name="norm")
+        model = random_(keras.Sequential([keras.Input(X.shape[1:]), L.Conv2D(4, 3), norm, L.Flatten(), L.Dense(3)]), 0.2)
         norm.gamma.assign([3.0, -2.0, 0.1, 1.0])
         fit(compiled(model), *callbacks)
-        layer, x = norm, torch.eye(4, device=norm.gamma.value.device).reshape(4, 1, 1, 4)
-        with torch.no_grad():
-            return torch.diagonal((layer(x, training=False) - layer(0 * x, training=False)).squeeze()).abs().max()
+        gamma, variance = (value.numpy().astype("float64") for value in (norm.gamma, norm.moving_variance))
+        return float((np.abs(gamma) / np.sqrt(variance + norm.epsilon)).max())
 
     assert trained(SpectralClipCallback(0.5)) > 1
     clip = SpectralClipCallback(0.5, batch_norm="clip")
-    assert 0.4 < trained(clip) <= 0.5 + ROUNDING
+    assert 0.3 < trained(clip) <= 0.5 * CLOSE
     assert clip.skipped == {}
     assert "norm" in clip.report()
 
@@ -1057,8 +1056,9 @@ assert keras.config.backend() == "torch"
     assert done.returncode == 0, done.stderr
 
 
-def test_docstrings() -> None:
-    result = doctest.testmod(importlib.import_module("spectral_hooks.integrations.keras"))
+@pytest.mark.parametrize("name", ["keras", "keras_mirror"])
+def test_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"spectral_hooks.integrations.{name}"))
     assert result.failed == 0
     assert result.attempted > 0
 
