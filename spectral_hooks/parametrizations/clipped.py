@@ -205,7 +205,8 @@ class Clipped(nn.Module):
         if self._is_matrix:
             band = self.min_norm, self.max_norm
             return without_autocast(lambda weight: _banded_matrix(self._wide(weight), *band, weight.dtype), weight)
-        if is_functorch_wrapped_tensor(weight) and is_batchedtensor(weight):
+        # the compiler knows neither question, and there is no such tensor then
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(weight) and is_batchedtensor(weight):
             raise NotImplementedError(
                 "clipped looks at the values of a kernel with several taps, which torch.func.vmap does not show: "
                 "use rescaled, which holds the same bound, or call the layers one after the other."
