@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..operators.base import is_whole
 from ..weights.names import called
 from ..weights.patterns import Patterns, check_patterns
+from ..weights.places import memory_of
 from ..weights.selection import Selection, Split, check_lora, check_split, select
 from ..weights.targets import AnyTarget
 from . import settings
@@ -151,8 +152,9 @@ class Hook:
         return self.handle
 
     def _warn_of_other_parameters(self, handle: Handle) -> None:
-        stepped = {id(p) for p in handle.parameters}
-        if not any(id(p) in stepped for target in self.targets for p in target.parameters()):
+        # by memory, for the mirror of another framework's model has parameters of its own there
+        stepped = {memory_of(p) for p in handle.parameters}
+        if not any(memory_of(p) in stepped for target in self.targets for p in target.parameters()):
             warnings.warn(
                 f"none of the {len(self.targets)} selected weights ({self.targets[0].name}, ...) is stepped by this optimizer: "
                 f"the {type(self).__name__} acts now, and whenever it steps. Attach the optimizer that trains them, made of this "
