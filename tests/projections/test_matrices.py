@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from observers import array, clipped_matrix, matrix_norm, singular_values
+from observers import array, clipped_matrix, matrix_norm
 
-from spectral_hooks.linalg.schatten import frobenius_bounds, schatten_bounds
 from spectral_hooks.projections import matrices, moved
 from spectral_hooks.projections.matrices import Clipped, clip_matrices
 from spectral_hooks.projections.moved import moved_norms
@@ -172,21 +171,6 @@ def test_far_outside_the_clip_that_measures_is_asked(monkeypatch: pytest.MonkeyP
     [clipped] = clip_matrices([before], 1.0)
     assert asked == [1.0]
     check(before, clipped, 1.0)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e-8, 1.0, 1e8, 1e25])
-def test_sums_of_squares_bound_the_norm(scale: float) -> None:
-    batch = (kinds(30, 70) * scale).float()
-    far = frobenius_bounds(batch)
-    near = schatten_bounds(batch, far)
-    for matrix, f, n in zip(batch, far.tolist(), near.tolist(), strict=True):
-        length = float(np.linalg.norm(array(matrix)))
-        assert length <= f
-        assert f <= 1.0001 * length + 1e-11 or length > 1e15  # squares overflow
-        assert matrix_norm(matrix) <= n <= f
-        if length > 1e-6 and f < 1e15:
-            eighth = float((singular_values(matrix) ** 8).sum() ** 0.125)
-            assert n <= 1.001 * eighth + 1e-11
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
