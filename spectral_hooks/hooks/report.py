@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..norms.bracket import TOLERANCE, at_most
 from ..norms.spectral_norm import spectral_norm
 from ..weights.targets import AnyTarget
 from .free import free_weights
@@ -26,8 +27,6 @@ class Row(NamedTuple):
 _HEADER = Row("layer", "kind", "norm", "bound", "status")
 #: What errors and reports call a model that is a layer itself.
 _ITSELF = "the model itself"
-#: What counts as equal to a bound, relative to it.
-_TOLERANCE = 1e-6
 
 
 def report(hook: Hook, measures: bool = True) -> str:
@@ -55,7 +54,11 @@ def _row(hook: Hook, target: AnyTarget, measures: bool, reason: str | None) -> R
     norm, bound = None, hook.bound_of(target)
     try:
         if measures:
-            norm = max(float(spectral_norm(op, rtol=1e-2)) for op in target.gathered().operators)
+            operators = target.gathered().operators
+            norm = max(float(spectral_norm(op, rtol=1e-2)) for op in operators)
+            # the norm is up to 1 % too large, and a proof for the bound itself is not
+            if bound is not None and norm > bound and all(bool(at_most(op, bound).all()) for op in operators):
+                norm = bound
     except ValueError as error:  # not finite
         reason = reason or str(error)
     return row(target.name, target.kind, norm, bound, reason)
@@ -72,9 +75,9 @@ def status(norm: float | None, bound: float | None) -> str:
         return "selected"
     if norm is None:
         return "constrained"
-    if norm <= bound * (1 + _TOLERANCE):
-        return "inside"
-    return "at the bound" if norm <= bound * 1.01 * (1 + _TOLERANCE) else "outside"
+    if norm > bound * 1.01 * (1 + TOLERANCE):
+        return "outside"
+    return "inside" if norm <= bound * (1 + TOLERANCE) else "at the bound"
 
 
 def _number(value: float | None) -> str:
