@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ..linalg.precision import widest
+from ..norms.bracket import TOLERANCE
 from ..norms.spectral_norm import spectral_norm
 from ..operators.base import KernelOperator
 from ..weights.targets import AnyTarget, Target
 from ..weights.writing import remember
 
-#: Up to what excess, relative to the bound, a norm counts as equal to it.
-_TOLERANCE = 1e-6
 #: Up to what rounding of it, relative to the bound, a weight is made smaller by that; beyond, it is measured.
 _COARSE = 1e-3
 #: How often a weight that comes back rounded is made smaller.
@@ -78,12 +77,12 @@ def _make_room_for_rounding_(target: Target, weight: Tensor, bound: float) -> No
         given = (scale * weight).to(widest(weight.device))
         off = max(_coarse_norm(op.with_weight(op.weight.to(given) - given)) for op in operators) / bound
         # what was given has at most `scale` times the bound
-        if scale + off <= 1 + _TOLERANCE:
+        if scale + off <= 1 + TOLERANCE:
             return
         norm = max(float(spectral_norm(op)) for op in operators) if off > _COARSE else 0.0
-        if off > _COARSE and norm <= bound * (1 + _TOLERANCE):
+        if off > _COARSE and norm <= bound * (1 + TOLERANCE):
             return
-        scale = scale * bound / norm * (1 - _TOLERANCE) if off > _COARSE else 1 - 1.5 * off
+        scale = scale * bound / norm * (1 - TOLERANCE) if off > _COARSE else 1 - 1.5 * off
         target.write_(scale * weight)
     raise ValueError(f"the layer rounds what it is given, so that it exceeds {bound}; exclude it, or keep it in float32.")
 

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from ..linalg.scaling import check_finite
+from ..norms.bracket import TOLERANCE
 from ..norms.spectral_norm import spectral_norm
 from ..operators import DenseOperator
 from .arguments import check_max_norm
-
-#: A norm this little above the bound is rounding, and counts as inside.
-_TOLERANCE = 1e-6
 
 
 @torch.no_grad()
@@ -63,14 +61,14 @@ def clip_update(weight: Tensor, left: Tensor, right: Tensor, max_norm: float = 1
         )
     if _inside(weight, left, right, max_norm):
         return left
-    if not _inside(weight, left[:, :0], right[:0], max_norm * (1 + 10 * _TOLERANCE)):
+    if not _inside(weight, left[:, :0], right[:0], max_norm * (1 + 10 * TOLERANCE)):
         raise ValueError(f"`weight` alone must have norm at most {max_norm}: clip it first.")
 
     # in units of the bound, up to a power of two: squares are in range then
     unit = 2.0 ** (frexp(max_norm)[1] - 1)
     before = left.double() / unit
     mix, sizes, rows = torch.linalg.svd(right.double(), full_matrices=False)
-    used = sizes > _TOLERANCE * sizes[0]
+    used = sizes > TOLERANCE * sizes[0]
     mix, sizes, rows = mix[:, used], sizes[used], rows[used]
     merged = weight.double() / unit + before @ right.double()
     start = merged @ rows.T
@@ -89,7 +87,7 @@ def _inside(weight: Tensor, left: Tensor, right: Tensor, max_norm: float) -> boo
     dtype = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
     merged = weight.to(dtype) + left.to(dtype) @ right.to(dtype)
     check_finite(merged)
-    return float(spectral_norm(DenseOperator(merged))) <= max_norm * (1 + _TOLERANCE)
+    return float(spectral_norm(DenseOperator(merged))) <= max_norm * (1 + TOLERANCE)
 
 
 def _nearest_in_room(start: Tensor, rest: Tensor, max_norm: float, rounds: int) -> Tensor:
