@@ -28,6 +28,8 @@ from torch import Tensor, nn
 _POINTS = {1: 24, 2: 8, 3: 4}
 #: Local maxima from which it climbs, and how often the step is halved: to 1e-6 of the grid's spacing, whose square counts.
 _CLIMBERS, _HALVINGS = 8, 20
+#: Random directions tried beside the axes and diagonals in every round of a climb, and rounds at most.
+_DIRECTIONS, _ROUNDS = 24, 200
 #: Bytes of symbols held at once.
 _CHUNK_BYTES = 1 << 26
 
@@ -162,18 +164,41 @@ def _supremum(kernel: np.ndarray, stride: Sequence[int], dilation: Sequence[int]
             starts.append(point)
         if len(starts) == _CLIMBERS:
             break
-    moves = np.array(list(product((-1, 0, 1), repeat=len(taps))))
-    here = np.array(starts)
-    for _ in range(_HALVINGS if step.any() else 0):
-        step = step / 2
-        tried = here[:, None] + moves * step
-        values = _norms(kernel, tried.reshape(-1, len(taps)), stride, dilation).reshape(len(here), -1)
-        here, reached = tried[np.arange(len(here)), values.argmax(1)], values.max(1)
+    return max(best, _climbed(kernel, np.array(starts), step, np.array(degrees), stride, dilation)) if step.any() else best
+
+
+def _climbed(
+    kernel: np.ndarray, here: np.ndarray, step: np.ndarray, degrees: np.ndarray, stride: Sequence[int], dilation: Sequence[int]
+) -> float:
+    """The highest value that climbers reach from these points, in a pattern search whose step halves where none is higher.
+
+    Where singular values meet, the norm has ridges: along the axes and diagonals it may fall on all sides of a point that is no
+    peak. So every round tries other directions as well, of a fixed seed.
+    """
+    axes = len(step)
+    rng = np.random.default_rng(0)
+    grid = np.array(list(product((-1, 0, 1), repeat=axes)))
+    steps, best = np.tile(step / 2, (len(here), 1)), 0.0
+    centre = _norms(kernel, here, stride, dilation)
+    for _ in range(_ROUNDS):
+        turned = rng.standard_normal((_DIRECTIONS if axes > 1 else 0, axes))
+        moves = np.concatenate([grid, turned / np.linalg.norm(turned, axis=1, keepdims=True)])
+        tried = here[:, None] + moves * steps[:, None]
+        values = _norms(kernel, tried.reshape(-1, axes), stride, dilation).reshape(len(here), -1)
+        reached = values.max(1)
         best = max(best, float(reached.max()))
+        # by more than rounding, or plateaus are walked for ever
+        moved = reached > centre * (1 + 1e-14)
+        here = np.where(moved[:, None], tried[np.arange(len(here)), values.argmax(1)], here)
+        centre = np.maximum(reached, centre)
         # a peak within a step is higher by no more than this: `‖A v‖²` lies in `[0, S²]`, so its second derivative along an axis
-        # is at most `S² degree² / 2`
-        gain = 1.01 * (np.array(degrees) @ step) ** 2 / 4
-        here = here[reached**2 >= best**2 * (1 - gain)]
+        # is at most `S² degree² / 2`; who moved may have its peak farther off
+        gain = 1.01 * (steps @ degrees) ** 2 / 4
+        steps = np.where(moved[:, None], steps, steps / 2)
+        stay = (moved | (centre**2 >= best**2 * (1 - gain))) & (steps.max(1) > step.max() * 0.5 ** (_HALVINGS + 1))
+        here, centre, steps = here[stay], centre[stay], steps[stay]
+        if not len(here):
+            break
     return best
 
 

@@ -74,6 +74,13 @@ def test_a_peak_off_the_grid_that_is_higher_by_little(angle: float, excess: floa
         assert observers.lattice_norm(conv(weight)) == pytest.approx(2 + excess, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", [54, 0, 1, 2])
+def test_no_torus_exceeds_the_lattice_where_singular_values_meet(seed: int) -> None:
+    """A fine grid sees it where a climb along axes and diagonals ends on a ridge: of the first kernel, 8e-5 below the peak."""
+    layer = conv(torch.from_numpy(np.random.default_rng(seed).integers(-1, 2, (3, 3, 3, 3))))
+    assert max(observers.circular_norm(layer, (n, n)) for n in (230, 256)) <= observers.lattice_norm(layer) * (1 + 1e-12)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_aliases_are_the_dense_torus(seed: int) -> None:
     """With strides and dilations that share factors, groups, one to three axes."""

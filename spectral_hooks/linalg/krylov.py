@@ -22,6 +22,10 @@ _GLANCES, _GLANCED_FROM, _SEEN = 6, 384, 1e-4
 _SMALL = 96
 
 
+class NotConverged(RuntimeError):
+    """The singular values lie too close to others for this many restarts in this dtype."""
+
+
 class LinearMap(Protocol):
     """What is applied from either side: an operator, or a `Matrix`."""
 
@@ -99,7 +103,7 @@ def largest(
         generator: source of the starting block; a fixed seed by default, so that the result is deterministic.
 
     Raises:
-        RuntimeError: not converged after `max_restarts`.
+        NotConverged: not converged after `max_restarts`.
     """
     dtype = at_least_float32(op.dtype)
     op, scale = op.of_order_one(dtype)
@@ -127,7 +131,7 @@ def largest(
                 break
             basis, image = _extended(op, basis, image, residual)
         basis, image = _extended(op, basis, image, residual)
-    raise RuntimeError(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts; raise `tol`.")
+    raise NotConverged(f"the {k} largest singular values did not converge to {tol} in {max_restarts} restarts.")
 
 
 def _applied(function: Callable[[Tensor], Tensor], columns: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -211,7 +215,7 @@ def _top_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
         real = torch.cat([torch.cat([matrix.real, -matrix.imag], 1), torch.cat([matrix.imag, matrix.real], 1)])
         _, left, right = largest(Matrix(real), tol=1e-9, max_restarts=restarts)
         return torch.complex(*left[0].chunk(2)), torch.complex(*right[0].chunk(2))
-    except RuntimeError:  # many nearly equal values, as clipping leaves them
+    except NotConverged:  # many nearly equal values, as clipping leaves them
         wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mH
         u = torch.linalg.eigh(wide @ wide.mH).eigenvectors[:, -1]
         v = wide.mH @ u

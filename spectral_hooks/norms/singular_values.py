@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.gram import Gram
-from ..linalg.krylov import largest, seen_by
+from ..linalg.krylov import NotConverged, largest, seen_by
 from ..linalg.memory import at_once
 from ..linalg.precision import rounded_down
 from ..linalg.scaling import normalized
@@ -33,7 +33,8 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
       A float32 symbol that is far from square (strides, unequal channels) and needs no gradient goes through the eigenvalues of
       `F F*` in float64: faster, and no less accurate;
     - all others (zero padding): exact, by SVD of the dense matrix, when that is small; the `k` largest of any size by a
-      matrix-free block Krylov method, to 1e-6 of the largest or better, from below.
+      matrix-free block Krylov method, to 1e-6 of the largest or better, from below; where that does not converge, by SVD of the
+      dense matrix, unless it is large.
 
     Args:
         op: a finite operator.
@@ -46,6 +47,7 @@ def singular_values(op: LinearOperator, k: int | None = None) -> Tensor:
     Raises:
         ValueError: the lattice operator (its singular values are a continuum), a `k` out of range, NaN or infinity in the
             weight, or an operator too large for all of them.
+        RuntimeError: the `k` largest did not converge, and the dense matrix has more than 2²⁸ entries.
 
     Example:
         >>> import torch, spectral_hooks as sh
@@ -72,7 +74,15 @@ def _all_or_largest(op: LinearOperator, k: int | None, count: int) -> Tensor:
         return _on_grid(op, op.frequency_grid, count)[:k]
     entries = prod(op.in_shape) * prod(op.out_shape)
     if k is not None and entries > _SMALL_ENTRIES and 4 * k < count:
-        return rounded_down(seen_by(op, largest(op, k).right), op.dtype)
+        try:
+            return rounded_down(seen_by(op, largest(op, k).right), op.dtype)
+        except NotConverged as error:
+            if entries > _DENSE_ENTRIES:
+                raise RuntimeError(
+                    f"the `k` = {k} largest singular values of this operator, with {entries} entries as a dense matrix, did not "
+                    "converge: they lie too close to others. Ask for another `k`, fewer or more, build the operator from a "
+                    "float64 layer, or decompose the matrix, if memory allows: `torch.linalg.svdvals(op.to_dense())`."
+                ) from error
     if entries > _DENSE_ENTRIES:
         raise ValueError(f"the dense matrix of this operator has {entries} entries: ask for the `k` largest singular values.")
     return torch.linalg.svdvals(op.to_dense())[:k]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from itertools import product
 from math import prod
@@ -203,6 +204,23 @@ def test_matrix_free_singular_values(kind, k: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(image, found.values.reshape(-1, 1, 1, 1) * found.left, rtol=0, atol=1e-4 * scale)
     gram = found.right.flatten(1) @ found.right.flatten(1).T
     torch.testing.assert_close(gram, torch.eye(k, dtype=dtype), rtol=0, atol=1e-4)
+
+
+def test_crowded_singular_values_fall_back_to_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the matrix-free method gives up they are all found none the less; of a large matrix the error says what to do.
+
+    One channel in, two out, a stride of two: a band of 299 values, so dense at its end that float32 cannot part the first.
+    """
+    module = importlib.import_module("spectral_hooks.norms.singular_values")
+    weight = torch.randn(2, 1, 3, dtype=torch.float32, generator=torch.Generator().manual_seed(18))
+    op = sh.ConvOperator(weight, stride=2, input_size=600)
+    with pytest.raises(krylov.NotConverged):
+        largest(op, 2)
+    expected = torch.linalg.svdvals(op.with_weight(op.weight.double()).to_dense())
+    torch.testing.assert_close(sh.singular_values(op, 2).double(), expected[:2], rtol=1e-6, atol=0)
+    monkeypatch.setattr(module, "_DENSE_ENTRIES", 1000)
+    with pytest.raises(RuntimeError, match=r"`k` = 2 .* did not converge.*float64.*`torch.linalg.svdvals\(op.to_dense\(\)\)`"):
+        sh.singular_values(op, 2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding_mode": "reflect"}, {"padding_mode": "circular"}], ids=str)
