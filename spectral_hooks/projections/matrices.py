@@ -123,22 +123,32 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
             _put(weights[job.batch], job.members[which], stored, which)
             norms[job.batch][job.members[which]] = (proven * job.unit)[which]
         jobs, given_up = [x for x in jobs if x.attempt < _ATTEMPTS], [x for x in jobs if x.attempt >= _ATTEMPTS]
-        for job in given_up:
-            for i in job.members.tolist():
-                bound = float(bounds[job.batch][i])
-                weight = weights[job.batch][i]
-                measured = clip(DenseOperator(weight), bound)
-                norms[job.batch][i] = bound * (1 + TOLERANCE) if torch.equal(measured, weight) else bound
-                weight.copy_(measured)
+        for batch, i in ((job.batch, i) for job in given_up for i in job.members.tolist()):
+            norms[batch][i] = _measure_(weights[batch][i], float(bounds[batch][i]))
     return [Clipped(*pair) for pair in zip(weights, norms, strict=True)]
 
 
 def bounds_of(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor]) -> list[Tensor]:
     """The bounds of all matrices, `(n,)` for each batch, in float64 on the host."""
-    if isinstance(max_norm, Sequence):
-        return [bound.detach().to("cpu", torch.float64) for bound in max_norm]
-    c = check_max_norm(max_norm)
-    return [torch.full((len(batch),), c, dtype=torch.float64) for batch in batches]
+    if not isinstance(max_norm, Sequence):
+        c = check_max_norm(max_norm)
+        return [torch.full((len(batch),), c, dtype=torch.float64) for batch in batches]
+    shapes = [tuple(bound.shape) for bound in max_norm]
+    if shapes != [(len(batch),) for batch in batches]:
+        raise ValueError(f"`max_norm` must be a number or have one for each matrix of each batch; got tensors of shape {shapes}.")
+    bounds = [bound.detach().to("cpu", torch.float64) for bound in max_norm]
+    for bound in bounds:
+        if not bool(((bound > 0) & (bound < torch.inf)).all()):
+            raise ValueError(f"`max_norm` must hold positive, finite numbers; got {bound.tolist()}.")
+    return bounds
+
+
+def _measure_(weight: Tensor, bound: float) -> float:
+    """Clip one matrix by `clip`, which measures what it has done until that is inside, and what its norm does not exceed."""
+    measured = clip(DenseOperator(weight), bound)
+    same = torch.equal(measured, weight)
+    weight.copy_(measured)
+    return bound * (1 + TOLERANCE) if same else bound
 
 
 def _jobs(index: int, batch: Tensor, bounds: Tensor) -> list[_Job]:

@@ -39,7 +39,9 @@ class Operations(TorchDispatchMode):
 
 
 def textbook(weight: Tensor, c: float) -> Tensor:
-    """The nearest matrix of norm `c`, about."""
+    """The nearest matrix of norm `c`, about; on the smaller side."""
+    if weight.shape[-2] > weight.shape[-1]:
+        return textbook(weight.mT, c).mT
     squared, u = torch.linalg.eigh(weight @ weight.mT)
     sigma = squared.clamp(min=0).sqrt()
     over = torch.where(sigma > c, 1 - c / sigma, 0.0)
