@@ -32,11 +32,17 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Two matrices of one shape, a wide one, and one that is a convolution."""
+    """Two matrices of one shape, a wide one, and one that is a convolution, all of them outside."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False), nn.Linear(40, 16, bias=False), nn.Conv2d(12, 18, 1, bias=False)
+    square, wide, pointwise = (
+        (lambda: nn.Linear(24, 24, bias=False)),
+        nn.Linear(40, 16, bias=False),
+        nn.Conv2d(12, 18, 1, bias=False),
     )
+    model = nn.Sequential(square(), square(), wide, pointwise)
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(3)
     return model.to(dtype)
 
 
@@ -76,8 +82,8 @@ def test_inside_and_no_deeper_than_the_slack(slack: float | None, dtype: torch.d
             elif norm(was) > ALLOWED:
                 assert norm(now) >= 1 - deepest - rounding
                 changes += 1
-    assert changes >= (20 if slack else 100)
-    assert kept or slack == 0 or dtype in (torch.bfloat16, torch.float16)
+    assert changes >= 10
+    assert kept or slack == 0
 
 
 def test_slack_gives_rest_and_none_is_clipped_exactly() -> None:
@@ -90,8 +96,8 @@ def test_slack_gives_rest_and_none_is_clipped_exactly() -> None:
             hook.after_step()
             clips[slack] += hook.clipped
             if slack == 0:
-                assert all(norm(weight) >= 1 - 3e-6 for weight in weights[:3])
-    assert clips[0] == 4 * 30 or clips[0] >= 3 * 30
+                assert all(norm(weight) >= 1 - 3e-6 for weight in weights)
+    assert clips[0] == 4 * 30
     assert clips[None] <= clips[0] / 3
 
 
@@ -102,7 +108,7 @@ def test_the_slower_a_matrix_moves_the_less_deep_it_is_clipped() -> None:
         for seed in range(40):
             push(weights[:1], size, seed)
             hook.after_step()
-            if seed and hook.clipped:
+            if hook.clipped:
                 depths.append((size, 1 - norm(weights[0])))
     deepest = {size: max(depth for step, depth in depths if step == size) for size, _ in depths}
     assert deepest[1e-6] < deepest[1e-4] < deepest[1e-1] <= 0.02 + 1e-5
@@ -111,8 +117,7 @@ def test_the_slower_a_matrix_moves_the_less_deep_it_is_clipped() -> None:
 
 def test_the_first_clip_and_those_outside_of_training_go_to_the_bound() -> None:
     model, hook, weights = attached(torch.float32)
-    assert all(norm(weight) >= 1 - 3e-6 for weight in weights if norm(weight) > 0.99)
-    assert norm(weights[0]) > 0.99
+    assert all(norm(weight) >= 1 - 3e-6 for weight in weights)
     push(weights, 0.1, 0)
     hook.after_step()
     assert norm(weights[0]) < 0.99
@@ -153,7 +158,8 @@ def test_what_is_no_number_is_named_and_nothing_changes(slack: float | None, bad
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"2.*NaN or infinity"):
         hook.after_step()
-    assert all(torch.equal(x, y) or not y.isfinite().all() for x, y in zip(model.state_dict().values(), before.values(), strict=True))
+    for now, was in zip(model.state_dict().values(), before.values(), strict=True):
+        assert torch.equal(now, was) or not was.isfinite().all()
 
 
 @pytest.mark.parametrize("slack", SLACKS)
@@ -266,8 +272,8 @@ def test_operations_and_waits_of_a_step_at_the_bound(slack: float | None, monkey
         push(weights, 2e-3 if seed < 4 else 0.1, seed)
         operations, waits = counted(monkeypatch, hook.after_step, weights)
         clips.append(hook.clipped)
-        print(slack, seed, hook.clipped, operations, waits)
-        assert operations <= LIMIT[slack]
+        # without slack one after the other, so that a run which is resumed without what was known goes on bit for bit
+        assert operations <= (6000 if slack == 0 else 1500)
         assert waits <= 12
         assert max(map(norm, weights)) <= 0.5 * ALLOWED
     assert max(clips) == 24
@@ -278,10 +284,6 @@ def test_operations_and_waits_of_a_step_inside(monkeypatch: pytest.MonkeyPatch) 
     for seed in range(3):
         push(weights, 1e-3, seed)
         operations, waits = counted(monkeypatch, hook.after_step, weights)
-        print("inside", operations, waits)
         assert hook.clipped == 0
         assert operations <= 200
         assert waits <= 3
-
-
-LIMIT = {None: 1500, 0: 1500}
