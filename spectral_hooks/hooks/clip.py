@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -60,9 +61,10 @@ class SpectralClip(Hook):
         rounds: quality of the projection of convolutions, see `projections.clip`.
         projection: a function `(operator, max_norm) -> weight`, or the name of one in `projections`. With those that do not
             guarantee the bound (see `repr`) the hook does not either.
-        slack: how much deeper than `max_norm`, relative to it, convolutions are clipped at most while training, so that they
-            can move for some steps before the next clip; as little as that takes. 0 clips at every step, to what can be
-            certified. Matrices are always clipped exactly.
+        slack: how much deeper than `max_norm`, relative to it, weights are clipped at most while training, so that they can
+            move for some steps before the next clip; as little as that takes, and the first clip goes to the bound. None is 0.08
+            for convolutions and 0.02 for matrices; a number counts for both. 0 clips at every step, matrices to the bound itself,
+            convolutions to what can be certified.
         schedule: `step -> max_norm`, to let the bound change; `max_norm` counts where there is none.
         batch_norm: "clip" to keep the gains `|γ| / √(running_var + ε)` of batch normalization at most `max_norm` too; None
             leaves them alone. The bound holds for the numbers as they are stored, in half precision too.
@@ -105,7 +107,7 @@ class SpectralClip(Hook):
         every: int = 1,
         rounds: int = 3,
         projection: str | Projection = "clip",
-        slack: float = 0.08,
+        slack: float | None = None,
         schedule: Callable[[int], float] | None = None,
         batch_norm: str | None = None,
         split: Split = None,
@@ -118,7 +120,7 @@ class SpectralClip(Hook):
         self.max_norm = check_max_norm(max_norm)
         self.rounds = int(rounds)
         self.projection = projections.named(projection)
-        self.slack = float(slack)
+        self.slack = None if slack is None else float(slack)
         self.schedule = schedule
         self.batch_norm = batch_norm
         self.distribute = bool(distribute)
@@ -170,14 +172,14 @@ class SpectralClip(Hook):
         self.acted(targets)
 
     def act(self, targets: list[AnyTarget], stepped: set[int] | None) -> None:
-        """Project those that are outside, convolutions somewhat deeper than the bound."""
+        """Project those that are outside, somewhat deeper than the bound."""
         chosen = self._normalizations
         if stepped is not None:
             chosen = {name: layer for name, layer in chosen.items() if any(id(p) in stepped for p in layer.parameters())}
         self._project(targets, chosen, self.slack)
 
     @torch.no_grad()
-    def _project(self, targets: list[AnyTarget], chosen: dict[str, nn.Module], slack: float) -> None:
+    def _project(self, targets: list[AnyTarget], chosen: dict[str, nn.Module], slack: float | None) -> None:
         """Project these; first what optimizers keep of them elsewhere."""
         chosen = {name: layer for name, layer in chosen.items() if self._acts_on_gains(layer)}
         handle, clipped, measures = self.handle, 0, self.log
@@ -199,7 +201,7 @@ class SpectralClip(Hook):
         self,
         targets: list[AnyTarget],
         chosen: dict[str, nn.Module],
-        slack: float,
+        slack: float | None,
         which: str,
         *,
         follow: bool = True,
@@ -226,7 +228,7 @@ class SpectralClip(Hook):
             write_gain_(layer, gamma)
         return len(changed) + len(gains)
 
-    def _settled(self, wholes: list[Whole | WholeSum], known: dict[str, Known], slack: float) -> list[Any]:
+    def _settled(self, wholes: list[Whole | WholeSum], known: dict[str, Known], slack: float | None) -> list[Any]:
         """What is to be written so that each is inside the ball, None for those that are there already; `known` is brought up."""
         jobs = [Job(whole, known.get(whole.target.name) if whole.is_single else None) for whole in wholes]
         if self.projection is projections.clip:
@@ -236,15 +238,17 @@ class SpectralClip(Hook):
         known.update((job.whole.target.name, job.known) for job in jobs if job.known is not None)
         return [job.change for job in jobs]
 
-    def _brought_inside(self, jobs: list[Job], slack: float) -> list[Job]:
+    def _brought_inside(self, jobs: list[Job], slack: float | None) -> list[Job]:
         """The jobs, those that are in doubt proven to be inside, or with a change that brings them there."""
         results = list(jobs)
         doubtful = [i for i, job in enumerate(jobs) if not job.is_inside]
         single = {i for i in doubtful if self.projection is projections.clip and jobs[i].whole.is_plain}
         together = [i for i in doubtful if i in single and jobs[i].known is not None]
         for i in together:
-            with self.naming(jobs[i].whole.target.name):
-                check_finite(jobs[i].op.weight)
+            far = jobs[i].far
+            if far is None or not far < inf:  # else the weight is finite: it is not far from one that is
+                with self.naming(jobs[i].whole.target.name):
+                    check_finite(jobs[i].op.weight)
         kept = keep_inside([jobs[i] for i in together], self.bound, rounds=self.rounds, slack=slack)
         for i, job in zip(together, kept, strict=True):
             results[i] = job
@@ -309,11 +313,11 @@ class SpectralClip(Hook):
         return not self.training or any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
-def _check(rounds: int, slack: float, schedule: Any, batch_norm: Any, distribute: bool) -> None:
+def _check(rounds: int, slack: float | None, schedule: Any, batch_norm: Any, distribute: bool) -> None:
     """Refuse what is out of range, and of another type."""
     check_count("rounds", rounds)
-    if not is_number(slack) or not 0 <= slack <= 0.5:
-        raise ValueError(f"`slack` must lie in [0, 0.5]; got {slack!r}.")
+    if slack is not None and (not is_number(slack) or not 0 <= slack <= 0.5):
+        raise ValueError(f"`slack` must be None or lie in [0, 0.5]; got {slack!r}.")
     if schedule is not None and not callable(schedule):
         raise TypeError(f"`schedule` must be a function of the step that returns the bound; got {schedule!r}.")
     if batch_norm not in (None, "clip"):

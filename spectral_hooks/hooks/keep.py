@@ -1,6 +1,6 @@
 """Keep weights inside that what is known of them does not prove to be: certify, clip, certify again.
 
-Layers of one canonical shape go through it together, and one layer is a batch of one.
+Layers of one canonical shape go through it together, and one layer is a batch of one; matrices go all together.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from .. import projections
+from ..linalg.host import read
 from ..linalg.precision import exact, float32_is_kept, full_precision
 from ..linalg.scaling import each, normalized
 from ..norms.proofs import certificates
 from ..operators.base import KernelOperator
 from ..projections.dual import clip_kernel
+from ..projections.matrices import clip_matrices
 from ..projections.settle import settle
-from .watch import Job, alike, unit
+from .watch import Job, alike, together, unit
+
+#: How much deeper than the bound weights are clipped at most, relative to it, unless it is said: kernels, whose certificates cost
+#: much, and matrices.
+_SLACK, _SLACK_OF_MATRICES = 0.08, 0.02
+#: For how many steps at its pace a matrix is given room: beyond, a clip costs less than the bounds of its moves.
+_REST = 16
 
 #: Up to this ratio of norm to bound what is taken away is small: one proximal step, with half the digits, will do.
 _NEAR = 1.2
@@ -30,25 +38,28 @@ _ATTEMPTS = 2
 
 
 class _Move(NamedTuple):
-    """By how much a weight moves per projection at most, and how deep to clip it, both relative to the bound.
-
-    A matrix is clipped to the bound itself, at depth 0.
-    """
+    """By how much a weight moves per projection at most, and how deep to clip it, both relative to the bound."""
 
     pace: float
     depth: float
 
 
 @full_precision
-def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: float) -> list[Job]:
+def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: float | None) -> list[Job]:
     """The jobs, each with what is known of it now, and with its clip if it is not proven inside as it is.
 
     A weight of which nothing is known comes as close to the bound as `projections.clip` takes it. Later clips go deeper, by at
-    most `slack`: that leaves room in which to move, and for certificates that cost little; matrices need neither.
+    most `slack`, of which None is the default: that leaves room in which to move, and for certificates that cost little.
     """
     results = list(jobs)
+    slack, of_matrices = (_SLACK, _SLACK_OF_MATRICES) if slack is None else (slack, slack)
+    matrices = [i for i, job in enumerate(jobs) if job.is_matrix]
+    for i, job in zip(matrices, _kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices), strict=True):
+        results[i] = job
     moving: list[tuple[int, Tensor]] = []
     for i, job in enumerate(jobs):
+        if job.is_matrix:
+            continue
         kernel = job.op.canonical().detach()
         if slack >= _LEAST_DEPTH and _moves(job, kernel):
             moving.append((i, kernel))
@@ -61,8 +72,38 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
     return results
 
 
+def _kept_matrices(jobs: list[Job], max_norm: float, slack: float) -> list[Job]:
+    """`keep_inside` of matrices of any shapes, in one call."""
+    groups: dict[object, list[int]] = {}
+    for i, job in enumerate(jobs):
+        # without slack the result must not depend, by its rounding, on which others are in doubt: what is known decides that
+        key = (job.op.weight.shape, job.op.weight.dtype, job.op.weight.device) if slack else i
+        groups.setdefault(key, []).append(i)
+    batches = [together([jobs[i].matrix(jobs[i].op.weight) for i in members]) for members in groups.values()]
+    depths = [
+        torch.tensor([_depth_of_matrix(jobs[i], max_norm, slack) for i in members], dtype=torch.float64)
+        for members in groups.values()
+    ]
+    found = clip_matrices(batches, max_norm, depth=depths)
+    differ = read([(now.weights != batch).flatten(1).any(1) for now, batch in zip(found, batches, strict=True)])
+    results = list(jobs)
+    for members, now, changed in zip(groups.values(), found, differ, strict=True):
+        for i, weight, norm, is_new in zip(members, now.weights, now.norms.tolist(), changed.tolist(), strict=True):
+            job, proven = jobs[i], min(norm, max_norm)  # what is above by half of what counts as equal
+            new = weight if job.op.weight.ndim == 2 else job.op.from_canonical(weight.reshape(job.op.canonical_shape))
+            results[i] = job.changed(new, proven) if is_new else job.proven(proven)
+    return results
+
+
+def _depth_of_matrix(job: Job, max_norm: float, slack: float) -> float:
+    """How deep to clip, relative to the bound: what it moves in some steps."""
+    if job.far is None or not job.far < inf:
+        return 0.0
+    return min(_REST * _pace(job, max_norm), slack)
+
+
 def _moves(job: Job, kernel: Tensor) -> bool:
-    """Whether it is known from where it has moved, and is either certified on the lattice or a matrix."""
+    """Whether it is known from where it has moved, and is either certified on the lattice or made of matrices."""
     is_matrix = prod(kernel.shape[3:]) == 1
     return job.far is not None and job.far < inf and (is_matrix or not job.op.is_finite)
 
@@ -97,12 +138,16 @@ def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack:
 
 def _move(job: Job, shape: torch.Size, max_norm: float, slack: float) -> _Move:
     """Of a job whose canonical kernel has this shape."""
-    last, far = job.known, job.far
-    age = 0 if last is None else last.age
-    pace = (far or 0.0) * job.op.lattice_factor * (unit(max_norm) / max_norm) / (age + 1)
+    pace = _pace(job, max_norm)
     # for a room `x` the certificates of a convolution cost some `pace / x²` a step, and more for wide ones; a matrix's little
     wish = sqrt(pace * max(min(shape[1:3]) / _WIDE, 1))
     return _Move(pace, 0.0 if prod(shape[3:]) == 1 else min(max(wish, _LEAST_DEPTH), slack))
+
+
+def _pace(job: Job, max_norm: float) -> float:
+    """By how much it moves per projection at most, relative to the bound."""
+    age = 0 if job.known is None else job.known.age
+    return (job.far or 0.0) * job.op.lattice_factor * (unit(max_norm) / max_norm) / (age + 1)
 
 
 def _to_the_bound(job: Job, max_norm: float, rounds: int) -> Job:

@@ -3,7 +3,8 @@
 With `V` a weight whose norm was certified and `D = W - V` how far it has moved since, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(D)‖`. The second
 term is small, so a coarse bound of it will do. Where that is not enough the weight is certified anew. That takes some `π² / 2x`
 factorizations for a relative room `x`, a few dozen where there is room, so clips go deeper than the bound: the deeper the faster
-the weights move.
+the weights move. Matrices are looked at all at once, whatever their shapes: the host waits once, and once more where `‖D‖_F`, the
+coarsest bound, does not suffice.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor
 from ..linalg.cholesky import below_
 from ..linalg.precision import float32_is_kept, full_precision, widest
 from ..operators.base import KernelOperator
+from ..operators.dense import DenseOperator
+from ..projections.matrices import Clipped
+from ..projections.moved import moved_norms
 from ..weights.targets import Whole, WholeSum
 
 #: Entries whose squares are summed at once: longer sums are sums of such sums.
@@ -45,6 +49,8 @@ class Known(NamedTuple):
     norm: float
     age: int = 0
     geometry: Geometry | None = None
+    #: Whether `‖D‖_F` was not enough the last time, so that a sharper bound is asked at once.
+    sharply: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,21 @@ class Job:
     def op(self) -> KernelOperator:
         """The operator of its only, or first, use."""
         return self.whole.operators[0]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its norm is that of one matrix with the entries of the weight."""
+        op = self.op
+        if isinstance(op, DenseOperator):
+            return True
+        if prod(op.weight.shape[2:]) > 1 or op.kind not in ("lattice", "matrix"):
+            return False
+        shape = op.canonical_shape
+        return shape[0] == 1 == prod(shape[3:]) and prod(shape) == op.weight.numel() and op.lattice_factor == 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """That matrix, of this weight in the place of the operator's."""
+        return weight.detach() if weight.ndim == 2 else self.op.with_weight(weight.detach()).canonical().flatten(0, 1).flatten(1)
 
     @property
     def device(self) -> torch.device:
@@ -108,15 +129,92 @@ def _is_plain(value: object) -> bool:
 def still_inside(jobs: Sequence[Job], max_norm: float) -> list[Job]:
     """The jobs, those `is_inside` that what is known proves to be; of the others how far they have moved.
 
-    By bounds of `‖A(D)‖`, the cheapest first; layers of equal canonical shape are judged together.
+    By bounds of `‖A(D)‖`, the cheapest first; layers of equal canonical shape are judged together, and all matrices.
     """
     results, measure = list(jobs), unit(max_norm)
-    differences = ((i, kernel) for i, job in enumerate(jobs) if (kernel := _difference(job, measure)) is not None)
+    known = [i for i, job in enumerate(jobs) if _is_known(job)]
+    matrices = [i for i in known if jobs[i].is_matrix]
+    for i, job in zip(matrices, _judged_matrices([jobs[i] for i in matrices], max_norm), strict=True):
+        results[i] = job
+    differences = ((i, _difference(jobs[i], measure)) for i in known if not jobs[i].is_matrix)
     for members, kernels in alike(differences):
         judged = _judged([jobs[i] for i in members], kernels, max_norm)
         for i, job in zip(members, judged, strict=True):
             results[i] = job
     return results
+
+
+def _judged_matrices(jobs: list[Job], max_norm: float) -> list[Job]:
+    """`still_inside` of matrices of any shapes: by `‖D‖_F`, and then, all together, by what is sharper where it may suffice."""
+    results, measure, sharply = list(jobs), unit(max_norm), []
+    for i, far in _frobenius([(i, job) for i, job in enumerate(jobs) if not cast(Known, job.known).sharply], measure).items():
+        room = (max_norm - cast(Known, jobs[i].known).norm) / measure
+        results[i] = _moved(jobs[i], far, far <= room and room >= 0, sharply=False)
+        # `‖D‖_F ≤ √rank ‖D‖`: beyond that no other bound can do
+        if room < far <= room * sqrt(min(jobs[i].matrix(jobs[i].op.weight).shape)):
+            sharply.append(i)
+    sharply += [i for i, job in enumerate(jobs) if cast(Known, job.known).sharply]
+    groups: dict[object, list[int]] = {}
+    for i in sharply:
+        groups.setdefault(_key(jobs[i]), []).append(i)
+    now = [together([jobs[i].matrix(jobs[i].op.weight) for i in members]) for members in groups.values()]
+    then = [
+        Clipped(
+            together([jobs[i].matrix(cast(Known, jobs[i].known).weight) for i in members]),
+            torch.tensor([cast(Known, jobs[i].known).norm for i in members], dtype=torch.float64),
+        )
+        for members in groups.values()
+    ]
+    asked = [torch.ones(len(batch), dtype=torch.bool) for batch in now]
+    for members, found in zip(groups.values(), moved_norms(now, then, max_norm, asked) if now else [], strict=True):
+        for i, norm, sharp, far in zip(members, *(x.tolist() for x in found), strict=True):
+            results[i] = _moved(jobs[i], far / measure, norm <= max_norm, sharply=sharp)
+    return results
+
+
+def _moved(job: Job, far: float, is_inside: bool, *, sharply: bool) -> Job:
+    """A matrix that has moved at most that far: what was certified stays what it is compared with."""
+    last = cast(Known, job.known)
+    if not is_inside:
+        return replace(job, far=far)
+    return replace(job, known=last._replace(age=last.age + 1, sharply=sharply), far=far, is_inside=True)
+
+
+def _key(job: Job) -> tuple[object, ...]:
+    """What matrices of one batch have in common."""
+    return job.op.weight.shape, job.op.weight.dtype, job.op.weight.device
+
+
+def _frobenius(jobs: list[tuple[int, Job]], measure: float) -> dict[int, float]:
+    """Bounds of the `‖D‖_F` of matrices in this unit, by their numbers; the host waits once for each device."""
+    kinds: dict[object, list[tuple[int, Job]]] = {}
+    for i, job in jobs:
+        kinds.setdefault(_key(job)[1:], []).append((i, job))
+    bounds: list[tuple[list[int], Tensor]] = []
+    for members in kinds.values():
+        some = max(_BATCH_BYTES // max(job.op.weight.nbytes for _, job in members), 1)
+        for part in (members[start : start + some] for start in range(0, len(members), some)):
+            dtype = _dtype(part[0][1].op.weight, measure)
+            now = [job.op.weight.detach().to(dtype) for _, job in part]
+            then = [cast(Known, job.known).weight.to(x.device, dtype) for (_, job), x in zip(part, now, strict=True)]
+            moves = list(torch._foreach_sub(now, then))
+            if measure != 1:
+                torch._foreach_div_(moves, measure)
+            shapes: dict[object, list[int]] = {}
+            for j, move in enumerate(moves):
+                shapes.setdefault(move.shape, []).append(j)
+            for same in shapes.values():
+                bounds.append(([part[j][0] for j in same], lengths(together([moves[j] for j in same]))))
+    found: dict[int, float] = {}
+    for device in {bound.device for _, bound in bounds}:
+        here = [(numbers, bound) for numbers, bound in bounds if bound.device == device]
+        found.update(zip((i for numbers, _ in here for i in numbers), torch.cat([x for _, x in here]).tolist(), strict=True))
+    return found
+
+
+def together(matrices: list[Tensor]) -> Tensor:
+    """Matrices of one shape as a batch; one alone is not copied."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _judged(jobs: list[Job], kernels: Tensor, max_norm: float) -> list[Job]:
@@ -171,18 +269,24 @@ def unit(max_norm: float) -> float:
     return 2.0 ** floor(log2(max_norm))
 
 
-def _difference(job: Job, measure: float) -> Tensor | None:
-    """The canonical kernel of `D` in this unit; None if nothing is known of this map."""
-    last = job.known
+def _is_known(job: Job) -> bool:
+    """Whether something is known of this map."""
+    last, op = job.known, job.op
     if last is None or last.geometry is None:
-        return None
-    op, old = job.op, last.weight
-    if old.shape != op.weight.shape or old.dtype != op.weight.dtype or last.geometry != geometry(op):
-        return None
-    # half precision would round the difference itself
-    dtype = torch.promote_types(op.weight.dtype, torch.float32)
-    if abs(log2(measure)) > _SINGLE_RANGE and dtype != torch.float64:
-        dtype = widest(op.weight.device)
+        return False
+    return last.weight.shape == op.weight.shape and last.weight.dtype == op.weight.dtype and last.geometry == geometry(op)
+
+
+def _dtype(weight: Tensor, measure: float) -> torch.dtype:
+    """In which differences of a weight are taken: half precision would round the difference itself."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return widest(weight.device) if abs(log2(measure)) > _SINGLE_RANGE and dtype != torch.float64 else dtype
+
+
+def _difference(job: Job, measure: float) -> Tensor:
+    """The canonical kernel of `D` in this unit."""
+    op, old = job.op, cast(Known, job.known).weight
+    dtype = _dtype(op.weight, measure)
     difference = op.weight.detach().to(dtype) - old.to(op.weight.device, dtype)
     return op.with_weight(difference.div_(measure)).canonical()
 

@@ -57,6 +57,7 @@ class _Job(NamedTuple):
     weights: Tensor
     unit: Tensor
     level: Tensor
+    depth: Tensor
     precise: bool
     attempt: int = 0
 
@@ -64,7 +65,9 @@ class _Job(NamedTuple):
         """The same for some of these."""
         host, index = torch.tensor(which), torch.tensor(which, device=self.weights.device)
         weights = self.weights.index_select(0, index)
-        return _Job(self.batch, self.members[host], weights, self.unit[host], self.level[host], precise, attempt)
+        return _Job(
+            self.batch, self.members[host], weights, self.unit[host], self.level[host], self.depth[host], precise, attempt
+        )
 
     def values(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """These weights over the unit: a power of two, so nothing is rounded."""
@@ -83,7 +86,9 @@ class _Spectrum(NamedTuple):
 
 @full_precision
 @torch.no_grad()
-def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor], *, depth: float = 0.0) -> list[Clipped]:
+def clip_matrices(
+    batches: Sequence[Tensor], max_norm: float | Sequence[Tensor], *, depth: float | Sequence[Tensor] = 0.0
+) -> list[Clipped]:
     """Each matrix itself if its norm is at most `max_norm`, else the nearest of norm `(1 - depth) max_norm`; with proofs.
 
     `W - U₊ diag(1 - c / σ₊) U₊ᵀ W` by `W Wᵀ = U diag(σ²) Uᵀ`, over the singular values above `c = (1 - depth) max_norm`.
@@ -91,7 +96,7 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
     Args:
         batches: matrices `(n, rows, columns)`, one batch a shape. They are not changed.
         max_norm: the bound, or for each batch those of its matrices, `(n,)`.
-        depth: how far below the bound a matrix that is outside is clipped, in [0, 1).
+        depth: how far below the bound a matrix that is outside is clipped, in [0, 1); or for each batch those of its matrices.
 
     Returns:
         For each batch the weights, in their dtype, and what the norms of these stored values are proven not to exceed: at most
@@ -112,13 +117,13 @@ def clip_matrices(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor],
         (tensor([[[1.0000, 0.0000],
                  [0.0000, 0.5000]]]), True)
     """
-    check_share("depth", depth)
     weights = [batch.detach().clone() for batch in batches]
     bounds = bounds_of(batches, max_norm)
     norms = [bound.new_zeros(len(bound)) for bound in bounds]
-    jobs = [job for i, batch in enumerate(batches) if batch.numel() for job in _jobs(i, batch.detach(), bounds[i])]
+    depths = _depths(batches, depth)
+    jobs = [job for i, batch in enumerate(batches) if batch.numel() for job in _jobs(i, batch.detach(), bounds[i], depths[i])]
     while jobs:
-        jobs, done = _attempt(jobs, depth)
+        jobs, done = _attempt(jobs)
         for job, stored, which, proven in done:
             _put(weights[job.batch], job.members[which], stored, which)
             norms[job.batch][job.members[which]] = (proven * job.unit)[which]
@@ -151,7 +156,19 @@ def _measure_(weight: Tensor, bound: float) -> float:
     return bound * (1 + TOLERANCE) if same else bound
 
 
-def _jobs(index: int, batch: Tensor, bounds: Tensor) -> list[_Job]:
+def _depths(batches: Sequence[Tensor], depth: float | Sequence[Tensor]) -> list[Tensor]:
+    """The depths of all matrices, `(n,)` for each batch, in float64 on the host."""
+    if not isinstance(depth, Sequence):
+        check_share("depth", depth)
+        return [torch.full((len(batch),), float(depth), dtype=torch.float64) for batch in batches]
+    depths = [each.detach().to("cpu", torch.float64) for each in depth]
+    for each in depths:
+        if not bool(((each >= 0) & (each < 1)).all()):
+            raise ValueError(f"`depth` must lie in [0, 1); got {each.tolist()}.")
+    return depths
+
+
+def _jobs(index: int, batch: Tensor, bounds: Tensor, depths: Tensor) -> list[_Job]:
     """The matrices of a batch, not many bytes at once."""
     wide = batch if batch.shape[1] <= batch.shape[2] else batch.mT
     powers = [floor(log2(c)) for c in bounds.tolist()]
@@ -161,14 +178,14 @@ def _jobs(index: int, batch: Tensor, bounds: Tensor) -> list[_Job]:
     precise = not single or widest(batch.device) != torch.float64
     some = max(_BATCH_BYTES // (8 * batch[0].numel()), 1)
     places = torch.arange(len(batch)).split(some)
-    parts = zip(places, wide.split(some), unit.split(some), (bounds / unit).split(some), strict=True)
+    parts = zip(places, wide.split(some), unit.split(some), (bounds / unit).split(some), depths.split(some), strict=True)
     return [_Job(index, *part, precise) for part in parts]
 
 
-def _attempt(jobs: list[_Job], depth: float) -> tuple[list[_Job], list[tuple[_Job, Tensor, list[int], Tensor]]]:
+def _attempt(jobs: list[_Job]) -> tuple[list[_Job], list[tuple[_Job, Tensor, list[int], Tensor]]]:
     """Clip what is outside and prove it all: what is left to do, and of each job its weights, which are proven, and by what."""
     left: list[_Job] = []
-    spectra = [_spectrum(job, depth) for job in jobs]
+    spectra = [_spectrum(job) for job in jobs]
     tops = read([torch.stack([exact(s.sigma[:, -1]), (s.sigma > s.target[:, None]).sum(1).to(s.target)]) for s in spectra])
     tried: list[tuple[_Job, Tensor, Tensor, Tensor]] = []
     for job, spectrum, (top, count) in zip(jobs, spectra, tops, strict=True):
@@ -183,7 +200,7 @@ def _attempt(jobs: list[_Job], depth: float) -> tuple[list[_Job], list[tuple[_Jo
         # what is seen to be far inside is proven to be so, which gives it room to move
         kept = job.level * (1 + _TOLERANCE)
         kept = kept if job.attempt else torch.minimum(kept, (1.001 * top).clamp(min=1e-3))
-        claim = torch.where(cut, job.level * (1 - depth), kept)
+        claim = torch.where(cut, job.level * (1 - job.depth), kept)
         tried.append((job, stored, claim.where(near, torch.zeros(())), near))
     verdicts = read([_proven(job, stored, claim) for job, stored, claim, _ in tried])
     done: list[tuple[_Job, Tensor, list[int], Tensor]] = []
@@ -196,7 +213,7 @@ def _attempt(jobs: list[_Job], depth: float) -> tuple[list[_Job], list[tuple[_Jo
     return left, done
 
 
-def _spectrum(job: _Job, depth: float) -> _Spectrum:
+def _spectrum(job: _Job) -> _Spectrum:
     """Singular values and left vectors, by the Gram matrix; what is not finite has infinity as its largest value."""
     dtype = torch.float64 if job.precise else torch.float32
     values = job.values(job.weights, dtype)
@@ -206,7 +223,7 @@ def _spectrum(job: _Job, depth: float) -> _Spectrum:
     squared, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))
     sigma = squared.clamp(min=0).sqrt()
     sigma[:, -1].masked_fill_(~finite, torch.inf)
-    level = job.level.to(values.device) * (1 - depth)
+    level = (job.level * (1 - job.depth)).to(values.device)
     top = exact(sigma[:, -1])
     # an eigenvalue is off by some eps of the largest one, so those at the level by more where that is far above
     own = _CLIP_ERROR + _CLIP_GROWTH * values.shape[1] ** 0.5

@@ -21,13 +21,14 @@ _MODERATE, _SINGLE_RANGE = 20, 64
 
 
 class Moved(NamedTuple):
-    """What the norms `(n,)` of a batch are proven not to exceed now, and for which of them `‖W - V‖_F` was not enough.
+    """What the norms `(n,)` of a batch are proven not to exceed now, for which `‖W - V‖_F` was not enough, and bounds of `W - V`.
 
     In float64 and bool on the host; the norm is infinite where it was not proven to be inside.
     """
 
     norms: Tensor
     sharply: Tensor
+    far: Tensor
 
 
 @full_precision
@@ -87,7 +88,7 @@ def moved_norms(
         moved = torch.where(late, torch.cat(read(_sharp(moves, lengths, late.split(sizes)))) * unit, moved)
     inside = torch.where(moved <= room, norms + moved, inf)
     sharp = (sharp | late) & ~(far <= room) & (far <= reach)
-    return [Moved(*pair) for pair in zip(inside.split(sizes), sharp.split(sizes), strict=True)]
+    return [Moved(*each) for each in zip(inside.split(sizes), sharp.split(sizes), moved.split(sizes), strict=True)]
 
 
 def _unit(bounds: Tensor) -> float:
