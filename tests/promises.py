@@ -629,21 +629,24 @@ def _replaceable(rng: Rng) -> tuple[Any, tuple[int, ...]]:
     return layer, size
 
 
-def _module_is_orthogonal(layer: Any, size: tuple[int, ...], make: Callable[[Any], nn.Module], rng: Rng, width: float) -> Margin:
+def _module_is_orthogonal(
+    layer: Any, size: tuple[int, ...], make: Callable[[Any, float], nn.Module], rng: Rng, width: float
+) -> Margin:
     dtype, about = layer.weight.dtype, f"{shown(layer)} at {size}"
     channels, ends = layer.in_channels, prod(layer.stride) * layer.in_channels
-    module = make(layer)
-    about += f" {module!r}".replace("\n", " ")[:80] + " " + _set(rng, module)
+    gain = _gain(rng)
+    module = make(layer, gain)
+    about += f" gain {gain} {module!r}".replace("\n", " ")[:80] + " " + _set(rng, module)
     values = observers.singular_values(observers.applied_to_identity(module, (channels, *size), dtype))
     # fewer outputs than inputs: the others are lost
     lost = prod(size) * channels - prod(size) // prod(layer.stride) * min(layer.out_channels, ends)
     values = values[: len(values) if lost <= 0 else prod(size) * channels - lost]
-    off = _far_from_one(values)
+    off = _far_from_one(values / gain)
     return Margin(off - width - _orthogonal_rounding(dtype), f"{about}: off by {off}")
 
 
 def skew_is_orthogonal(rng: Rng) -> Margin:
-    """`skew`: all singular values lie in `1 ± 3e-6`, up to rounding, for every weight and at every input size."""
+    """`skew`: all singular values lie in `1 ± 3e-6`, up to rounding, for every weight, gain and input size."""
     layer, size = _replaceable(rng)
     degree = int(rng.integers(2, 9))
     return _module_is_orthogonal(layer, size, partial(sh.parametrizations.skew, degree=degree), rng, 3e-6)
