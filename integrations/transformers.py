@@ -145,9 +145,8 @@ class SpectralClip(HookCallback):
     Guaranteed: the bound holds when training begins, after every `every`-th update, in the last checkpoint and in the model that
     `train` leaves; with `every=1` in every checkpoint (PEFT's hold adapters only, to be laid on the projected model).
     A run that is resumed with the same settings from a checkpoint in its own `output_dir` equals an uninterrupted one bit for
-    bit. One from elsewhere, or with `save_only_model`, does not know the weights that were certified before: with linear layers
-    alone, or with `slack=0`, it equals the uninterrupted one too; with others it is within the slack. Frozen weights are left as
-    they are.
+    bit. One from elsewhere, or with `save_only_model`, does not know the weights that were certified before: with `slack=0` it
+    equals the uninterrupted one too, else it is within the slack. Frozen weights are left as they are.
 
     Args:
         max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, distribute: as for

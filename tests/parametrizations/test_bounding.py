@@ -117,7 +117,7 @@ def test_an_optimum_on_the_sphere_is_that_of_the_hook(function: str) -> None:
 
     hooked = outside("dense", 2.0)
     optimizer = torch.optim.SGD(hooked.parameters(), lr=0.5)
-    sh.SpectralClip(1.0).attach(hooked, optimizer)
+    sh.SpectralClip(1.0, slack=0).attach(hooked, optimizer)
     train(hooked, optimizer, "dense", 100, loss)
     made = BOUNDING[function](outside("dense", 2.0))
     # two singular values meet at the bound, where the norm has a kink
