@@ -450,7 +450,8 @@ def test_each_part_of_a_fused_projection_obeys_by_itself(split, count, tmp_path)
     def at_start(model) -> float:
         largest = max(norm for block in model.transformer.h for norm in blocks(block.attn.c_attn, count))
         if clip.hook.step == 0:
-            assert torch.equal(fused.weight, expected), "each part is clipped as a matrix of its own"
+            # each part is clipped as a matrix of its own
+            torch.testing.assert_close(fused.weight.detach(), expected.detach(), rtol=0, atol=1e-6)
         return largest
 
     _, watch = train(model, tmp_path, clip, measure=at_start, save_strategy="no")
