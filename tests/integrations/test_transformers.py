@@ -807,5 +807,5 @@ def test_example(tmp_path) -> None:
     )
     assert plain[4] == clipped[4], "both start from the same weights"
     assert float(plain[5]) > 1
-    assert clipped[5] == "1.000"
+    assert 0.98 <= float(clipped[5]) <= 1
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
