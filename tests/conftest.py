@@ -11,6 +11,7 @@ import pytest
 #: Reasons for which a test may be skipped with everything installed, as patterns of the whole reason.
 EXPECTED_SKIPS = (
     # of the machine
+    r"no CUDA device here",
     r"float16 mixed precision as users run it needs a GPU",
     r"this torch is built without gloo, the process group for CPUs",
     r"needs torch\.distributed with gloo",
