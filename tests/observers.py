@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 #: Points over the degree, per axis, of the grid on which the search for the supremum starts; by dimension.
 _POINTS = {1: 24, 2: 8, 3: 4}
@@ -237,3 +240,29 @@ def torus_matrix(layer: nn.Module, size: Sequence[int]) -> np.ndarray:
     x = nn.functional.pad(x, [amount for extra in reversed(reach) for amount in (0, extra)], mode="circular")
     y = functional(x, module.weight, None, layer.stride, 0, layer.dilation, layer.groups)
     return array(y).reshape(columns, -1).T
+
+
+class Counter(TorchDispatchMode):
+    """Counts torch operations, and how often the host asks for what is made of the weights, as if they were on a device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+        self.away = WeakIdKeyDictionary()
+        for weight in weights:
+            self.away[weight] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.operations += 1
+        result = func(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x in self.away for x in inputs):
+            name = func.overloadpacket.__name__
+            masked = name.startswith("index") and any(x.dtype == torch.bool for x in inputs[1:])
+            self.waits += name in self.WAITING or masked
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    self.away[x] = True
+        return result

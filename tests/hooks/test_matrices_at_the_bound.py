@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from observers import Counter
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 import spectral_hooks as sh
 from spectral_hooks.hooks import keep
@@ -197,32 +195,6 @@ def test_a_schedule_that_lowers_the_bound_is_obeyed_at_once() -> None:
 
 
 # -- what a step asks of a device ----------------------------------------------------------------------------------------------
-
-
-class Counter(TorchDispatchMode):
-    """Counts torch operations, and how often the host asks for what is made of the weights, as if they were on a device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
-        self.operations = self.waits = 0
-        self.away = WeakIdKeyDictionary()
-        for weight in weights:
-            self.away[weight] = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.operations += 1
-        result = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(x in self.away for x in inputs):
-            name = func.overloadpacket.__name__
-            masked = name.startswith("index") and any(x.dtype == torch.bool for x in inputs[1:])
-            self.waits += name in self.WAITING or masked
-            for x in tree_leaves(result):
-                if isinstance(x, Tensor):
-                    self.away[x] = True
-        return result
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any], weights: list[Tensor]) -> tuple[int, int]:

@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from observers import array, clipped_matrix, matrix_norm
+from observers import Counter, array, clipped_matrix, matrix_norm
 
 from spectral_hooks.projections import matrices, moved
 from spectral_hooks.projections.matrices import Clipped, clip_matrices
@@ -261,32 +258,6 @@ def test_on_an_accelerator(dtype: torch.dtype) -> None:
     for sharply in (None, [torch.ones(len(now), dtype=torch.bool)]):
         [found] = moved_norms([now], [known], 1.0, sharply)
         assert all(matrix_norm(matrix) <= norm for matrix, norm in zip(now, found.norms.tolist(), strict=True))
-
-
-class Counter(TorchDispatchMode):
-    """Counts torch operations, and how often the host asks for what is made of the weights, as if they were on a device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
-        self.operations = self.waits = 0
-        self.away = WeakIdKeyDictionary()
-        for weight in weights:
-            self.away[weight] = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.operations += 1
-        result = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(x in self.away for x in inputs):
-            name = func.overloadpacket.__name__
-            masked = name.startswith("index") and any(x.dtype == torch.bool for x in inputs[1:])
-            self.waits += name in self.WAITING or masked
-            for x in tree_leaves(result):
-                if isinstance(x, Tensor):
-                    self.away[x] = True
-        return result
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any], weights: list[Tensor]) -> tuple[int, int]:
