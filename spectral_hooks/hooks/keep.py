@@ -13,22 +13,18 @@ import torch
 from torch import Tensor
 
 from .. import projections
-from ..linalg.host import read
 from ..linalg.precision import exact, float32_is_kept, full_precision
 from ..linalg.scaling import each, normalized
 from ..norms.proofs import certificates
 from ..operators.base import KernelOperator
 from ..projections.dual import clip_kernel
-from ..projections.matrices import clip_matrices
 from ..projections.settle import settle
-from .watch import Job, alike, together, unit
+from .keep_matrices import kept_matrices
+from .watch import Job, alike
 
 #: How much deeper than the bound weights are clipped at most, relative to it, unless it is said: kernels, whose certificates cost
 #: much, and matrices.
 _SLACK, _SLACK_OF_MATRICES = 0.08, 0.02
-#: For how many steps at its pace a matrix is given room: beyond, a clip costs less than the bounds of its moves.
-_REST = 16
-
 #: Up to this ratio of norm to bound what is taken away is small: one proximal step, with half the digits, will do.
 _NEAR = 1.2
 #: The least depth of a clip, and from how many channels on it grows with them.
@@ -54,7 +50,7 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
     results = list(jobs)
     slack, of_matrices = (_SLACK, _SLACK_OF_MATRICES) if slack is None else (slack, slack)
     matrices = [i for i, job in enumerate(jobs) if job.is_matrix]
-    for i, job in zip(matrices, _kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices), strict=True):
+    for i, job in zip(matrices, kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices), strict=True):
         results[i] = job
     moving: list[tuple[int, Tensor]] = []
     for i, job in enumerate(jobs):
@@ -70,36 +66,6 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
         for i, job in zip(members, kept, strict=True):
             results[i] = job
     return results
-
-
-def _kept_matrices(jobs: list[Job], max_norm: float, slack: float) -> list[Job]:
-    """`keep_inside` of matrices of any shapes, in one call."""
-    groups: dict[object, list[int]] = {}
-    for i, job in enumerate(jobs):
-        # without slack the result must not depend, by its rounding, on which others are in doubt: what is known decides that
-        key = (job.op.weight.shape, job.op.weight.dtype, job.op.weight.device) if slack else i
-        groups.setdefault(key, []).append(i)
-    batches = [together([jobs[i].matrix(jobs[i].op.weight) for i in members]) for members in groups.values()]
-    depths = [
-        torch.tensor([_depth_of_matrix(jobs[i], max_norm, slack) for i in members], dtype=torch.float64)
-        for members in groups.values()
-    ]
-    found = clip_matrices(batches, max_norm, depth=depths)
-    differ = read([(now.weights != batch).flatten(1).any(1) for now, batch in zip(found, batches, strict=True)])
-    results = list(jobs)
-    for members, now, changed in zip(groups.values(), found, differ, strict=True):
-        for i, weight, norm, is_new in zip(members, now.weights, now.norms.tolist(), changed.tolist(), strict=True):
-            job, proven = jobs[i], min(norm, max_norm)  # what is above by half of what counts as equal
-            new = weight if job.op.weight.ndim == 2 else job.op.from_canonical(weight.reshape(job.op.canonical_shape))
-            results[i] = job.changed(new, proven) if is_new else job.proven(proven)
-    return results
-
-
-def _depth_of_matrix(job: Job, max_norm: float, slack: float) -> float:
-    """How deep to clip, relative to the bound: what it moves in some steps."""
-    if job.far is None or not job.far < inf:
-        return 0.0
-    return min(_REST * _pace(job, max_norm), slack)
 
 
 def _moves(job: Job, kernel: Tensor) -> bool:
@@ -146,8 +112,7 @@ def _move(job: Job, shape: torch.Size, max_norm: float, slack: float) -> _Move:
 
 def _pace(job: Job, max_norm: float) -> float:
     """By how much it moves per projection at most, relative to the bound."""
-    age = 0 if job.known is None else job.known.age
-    return (job.far or 0.0) * job.op.lattice_factor * (unit(max_norm) / max_norm) / (age + 1)
+    return job.pace(max_norm) * job.op.lattice_factor
 
 
 def _to_the_bound(job: Job, max_norm: float, rounds: int) -> Job:

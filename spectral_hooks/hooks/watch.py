@@ -3,8 +3,8 @@
 With `V` a weight whose norm was certified and `D = W - V` how far it has moved since, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(D)‖`. The second
 term is small, so a coarse bound of it will do. Where that is not enough the weight is certified anew. That takes some `π² / 2x`
 factorizations for a relative room `x`, a few dozen where there is room, so clips go deeper than the bound: the deeper the faster
-the weights move. Matrices are looked at all at once, whatever their shapes: the host waits once, and once more where `‖D‖_F`, the
-coarsest bound, does not suffice.
+the weights move. Matrices are looked at all at once, whatever their shapes. Where `‖D‖_F`, the coarsest bound, does not suffice, a
+sharper one of `D` costs as much as to look at `W` itself, which tells all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from ..linalg.cholesky import below_
 from ..linalg.precision import float32_is_kept, full_precision, widest
 from ..operators.base import KernelOperator
 from ..operators.dense import DenseOperator
-from ..projections.matrices import Clipped
-from ..projections.moved import moved_norms
 from ..weights.targets import Whole, WholeSum
 
 #: Entries whose squares are summed at once: longer sums are sums of such sums.
@@ -49,8 +47,12 @@ class Known(NamedTuple):
     norm: float
     age: int = 0
     geometry: Geometry | None = None
-    #: Whether `‖D‖_F` was not enough the last time, so that a sharper bound is asked at once.
-    sharply: bool = False
+    #: Of a matrix that moves too fast for `‖D‖_F`: how many of its singular values were above the bound the last time.
+    few: int | None = None
+
+    def moved(self) -> Known:
+        """The same after a step that has not led outside."""
+        return self._replace(age=self.age + 1)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Job:
     def device(self) -> torch.device:
         """Where it is worked on."""
         return self.op.device
+
+    def pace(self, max_norm: float) -> float:
+        """How far the lattice operator has moved per projection at most, relative to the bound; 0 if that was not looked at."""
+        age = 0 if self.known is None else self.known.age
+        return (self.far or 0.0) * (unit(max_norm) / max_norm) / (age + 1)
 
     def proven(self, norm: float) -> Job:
         """The same once its norm was proven not to exceed a number."""
@@ -145,39 +152,30 @@ def still_inside(jobs: Sequence[Job], max_norm: float) -> list[Job]:
 
 
 def _judged_matrices(jobs: list[Job], max_norm: float) -> list[Job]:
-    """`still_inside` of matrices of any shapes: by `‖D‖_F`, and then, all together, by what is sharper where it may suffice."""
-    results, measure, sharply = list(jobs), unit(max_norm), []
-    for i, far in _frobenius([(i, job) for i, job in enumerate(jobs) if not cast(Known, job.known).sharply], measure).items():
-        room = (max_norm - cast(Known, jobs[i].known).norm) / measure
-        results[i] = _moved(jobs[i], far, far <= room and room >= 0, sharply=False)
-        # `‖D‖_F ≤ √rank ‖D‖`: beyond that no other bound can do
-        if room < far <= room * sqrt(min(jobs[i].matrix(jobs[i].op.weight).shape)):
-            sharply.append(i)
-    sharply += [i for i, job in enumerate(jobs) if cast(Known, job.known).sharply]
-    groups: dict[object, list[int]] = {}
-    for i in sharply:
-        groups.setdefault(_key(jobs[i]), []).append(i)
-    now = [together([jobs[i].matrix(jobs[i].op.weight) for i in members]) for members in groups.values()]
-    then = [
-        Clipped(
-            together([jobs[i].matrix(cast(Known, jobs[i].known).weight) for i in members]),
-            torch.tensor([cast(Known, jobs[i].known).norm for i in members], dtype=torch.float64),
-        )
-        for members in groups.values()
-    ]
-    asked = [torch.ones(len(batch), dtype=torch.bool) for batch in now]
-    for members, found in zip(groups.values(), moved_norms(now, then, max_norm, asked) if now else [], strict=True):
-        for i, norm, sharp, far in zip(members, *(x.tolist() for x in found), strict=True):
-            results[i] = _moved(jobs[i], far / measure, norm <= max_norm, sharply=sharp)
+    """`still_inside` of matrices of any shapes, by `‖D‖_F`; those that move too fast for that are left to be looked at."""
+    results, measure = list(jobs), unit(max_norm)
+    slow = [(i, job) for i, job in enumerate(jobs) if cast(Known, job.known).few is None]
+    for i, far in moves(slow, measure).items():
+        last = cast(Known, jobs[i].known)
+        room = (max_norm - last.norm) / measure
+        is_inside = far <= room and room >= 0
+        results[i] = replace(jobs[i], known=last.moved() if is_inside else last, far=far, is_inside=is_inside)
+    fast = [(i, job) for i, job in enumerate(jobs) if cast(Known, job.known).few is not None]
+    for (i, job), length in zip(fast, _sizes([job for _, job in fast], measure), strict=True):
+        results[i] = replace(job, far=length + cast(Known, job.known).norm / measure)
     return results
 
 
-def _moved(job: Job, far: float, is_inside: bool, *, sharply: bool) -> Job:
-    """A matrix that has moved at most that far: what was certified stays what it is compared with."""
-    last = cast(Known, job.known)
-    if not is_inside:
-        return replace(job, far=far)
-    return replace(job, known=last._replace(age=last.age + 1, sharply=sharply), far=far, is_inside=True)
+def _sizes(jobs: list[Job], measure: float) -> list[float]:
+    """The `‖W‖_F` in this unit, about: finite if the weights are; the host waits once for each device."""
+    sizes = [0.0] * len(jobs)
+    for device in {job.device for job in jobs}:
+        here = [i for i, job in enumerate(jobs) if job.device == device]
+        weights = [jobs[i].op.weight.detach() for i in here]
+        lengths = [torch.linalg.vector_norm(w, dtype=_dtype(w, measure)).to(widest(device)) for w in weights]
+        for i, length in zip(here, (torch.stack(lengths) / measure).tolist(), strict=True):
+            sizes[i] = length
+    return sizes
 
 
 def _key(job: Job) -> tuple[object, ...]:
@@ -185,8 +183,8 @@ def _key(job: Job) -> tuple[object, ...]:
     return job.op.weight.shape, job.op.weight.dtype, job.op.weight.device
 
 
-def _frobenius(jobs: list[tuple[int, Job]], measure: float) -> dict[int, float]:
-    """Bounds of the `‖D‖_F` of matrices in this unit, by their numbers; the host waits once for each device."""
+def moves(jobs: list[tuple[int, Job]], measure: float) -> dict[int, float]:
+    """Bounds of the `‖D‖_F` of known matrices in this unit, by their numbers; the host waits once for each device."""
     kinds: dict[object, list[tuple[int, Job]]] = {}
     for i, job in jobs:
         kinds.setdefault(_key(job)[1:], []).append((i, job))
@@ -197,14 +195,14 @@ def _frobenius(jobs: list[tuple[int, Job]], measure: float) -> dict[int, float]:
             dtype = _dtype(part[0][1].op.weight, measure)
             now = [job.op.weight.detach().to(dtype) for _, job in part]
             then = [cast(Known, job.known).weight.to(x.device, dtype) for (_, job), x in zip(part, now, strict=True)]
-            moves = list(torch._foreach_sub(now, then))
+            differences = list(torch._foreach_sub(now, then))
             if measure != 1:
-                torch._foreach_div_(moves, measure)
+                torch._foreach_div_(differences, measure)
             shapes: dict[object, list[int]] = {}
-            for j, move in enumerate(moves):
-                shapes.setdefault(move.shape, []).append(j)
+            for j, difference in enumerate(differences):
+                shapes.setdefault(difference.shape, []).append(j)
             for same in shapes.values():
-                bounds.append(([part[j][0] for j in same], lengths(together([moves[j] for j in same]))))
+                bounds.append(([part[j][0] for j in same], lengths(together([differences[j] for j in same]))))
     found: dict[int, float] = {}
     for device in {bound.device for _, bound in bounds}:
         here = [(numbers, bound) for numbers, bound in bounds if bound.device == device]
@@ -228,7 +226,7 @@ def _judged(jobs: list[Job], kernels: Tensor, max_norm: float) -> list[Job]:
         last, far = cast(Known, job.known), phase * length
         room = (max_norm - last.norm) / measure / job.op.lattice_factor
         if room >= 0 and far <= room:  # also if neither is there; NaN compares as not inside
-            results.append(replace(job, known=last._replace(age=last.age + 1), is_inside=True))
+            results.append(replace(job, known=last.moved(), is_inside=True))
             continue
         if room > 0 and far < inf:
             shares[len(results)] = min(room, _UNFOLDING_SHARE * far)

@@ -196,7 +196,7 @@ def _attempt(jobs: list[_Job]) -> tuple[list[_Job], list[tuple[_Job, Tensor, lis
         if far:
             left.append(job.some(far, precise=True, attempt=job.attempt))
             cut &= near
-        stored = _cut(job, spectrum, cut, int(count[cut].amax())) if cut.any() else job.weights
+        stored = _cut(job, spectrum, cut, count.int().tolist()) if cut.any() else job.weights
         # what is seen to be far inside is proven to be so, which gives it room to move
         kept = job.level * (1 + _TOLERANCE)
         kept = kept if job.attempt else torch.minimum(kept, (1.001 * top).clamp(min=1e-3))
@@ -245,16 +245,20 @@ def _gap(job: _Job, level: Tensor, squares: Tensor, lost: Tensor) -> Tensor:
     return rounding * _WIDEN**job.attempt + _proof_rounding(rows, columns, level.square(), squares) / level.square()
 
 
-def _cut(job: _Job, spectrum: _Spectrum, cut: Tensor, number: int) -> Tensor:
-    """The stored weights with the `number` largest values clipped at the target, where `cut` says so."""
+def _cut(job: _Job, spectrum: _Spectrum, cut: Tensor, above: list[int]) -> Tensor:
+    """The stored weights with the largest values, as many as are `above`, clipped at the target, where `cut` says so."""
     values, sigma, vectors, target = spectrum
     rows = values.shape[1]
     over = torch.where(sigma > target[:, None], 1 - target[:, None] / sigma, 0.0).to(values)
-    if 2 * number <= rows:
-        u = vectors[:, :, rows - number :]
-        clipped = torch.baddbmm(values, u * over[:, None, rows - number :], u.mT @ values, alpha=-1)
-    else:
-        clipped = torch.baddbmm(values, (vectors * over[:, None]) @ vectors.mT, values, alpha=-1)
+    taken = vectors * over[:, None]
+    clipped = values.clone()
+    each = zip(clipped.unbind(), taken.unbind(), vectors.mT.unbind(), values.unbind(), cut.tolist(), above, strict=True)
+    # one after the other: how one is rounded must not depend on how many values of others are above
+    for result, u, ut, value, is_cut, number in each:
+        if is_cut and 2 * number <= rows:
+            result.addmm_(u[:, rows - number :], ut[rows - number :] @ value, alpha=-1)
+        elif is_cut:
+            result.addmm_(u @ ut, value, alpha=-1)
     largest = torch.finfo(job.weights.dtype).max
     clipped *= job.unit.to(values)[:, None, None]
     stored = clipped.clamp_(-largest, largest).to(job.weights)

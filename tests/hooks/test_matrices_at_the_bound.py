@@ -12,8 +12,8 @@ from observers import Counter
 from torch import Tensor, nn
 
 import spectral_hooks as sh
-from spectral_hooks.hooks import keep
-from spectral_hooks.projections import matrices, moved
+from spectral_hooks.hooks import keep_matrices
+from spectral_hooks.projections import few, matrices
 
 ALLOWED = 1 + 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -214,7 +214,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any], weight
 
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "tolist", values)
-        for module in (matrices, moved, keep):
+        for module in (matrices, few, keep_matrices):
             patch.setattr(module, "read", read)
         with counter:
             function()
@@ -241,8 +241,8 @@ def test_operations_and_waits_of_a_step_at_the_bound(slack: float | None, monkey
         push(weights, 2e-3 if seed < 4 else 0.1, seed)
         operations, waits = counted(monkeypatch, hook.after_step, weights)
         clips.append(hook.clipped)
-        # without slack one after the other, so that a run which is resumed without what was known goes on bit for bit
-        assert operations <= (6000 if slack == 0 else 1500)
+        print(slack, operations, waits, hook.clipped)
+        assert operations <= 1500
         assert waits <= 12
         assert max(map(norm, weights)) <= 0.5 * ALLOWED
     assert max(clips) == 24
