@@ -36,8 +36,8 @@ class SpectralClip(Hook):
     """Keep the operator norm of every convolution and linear layer at most `max_norm` while a model trains.
 
     After each optimizer step the weights whose norm exceeds the bound are projected, in place, by `projections.clip` on the
-    lattice operator: the bound holds for each layer at every input size. Classes, parameters, state-dict keys and the forward
-    stay those of the plain model.
+    lattice operator: the bound holds for each layer at every input size; with `example` at those that it meets. Classes,
+    parameters, state-dict keys and the forward stay those of the plain model.
 
     Guaranteed: after `attach`, and after every `every`-th step, the norm of each selected layer, in the dtype that it is
     stored in, is at most `max_norm` (certified; within 1e-6 counts as equal).
@@ -72,6 +72,12 @@ class SpectralClip(Hook):
         split, lora: as for `weights.selection.select`: fused projections in parts, and how LoRA adapters count.
         distribute: share the work over the processes of torch.distributed: each weight has an owner that projects it and sends
             the result. All processes must hold the same weights (DDP, FSDP2).
+        example: what the model takes, to bound convolutions at the input sizes that they meet with it: a looser constraint, and
+            with small inputs a cheaper one. A tensor, a tuple of arguments, a mapping of keyword arguments, or a function of the
+            model that runs it; a copy of the model is run once, in eval mode, and the model stays as it is. With zero padding the
+            bound holds at these sizes and all that are smaller, with circular padding at these alone, and **not for larger
+            inputs**; layers that were not called stay bounded at every size. `report()` shows the sizes, `state_dict()` has them,
+            pickles hold the example's shapes only. Processes must give inputs of equal sizes, or `distribute`.
         log: measure `largest_norm` too, for `metrics()`: costs a certified norm of every layer at every projection.
 
     Attributes:

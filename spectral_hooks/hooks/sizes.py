@@ -77,10 +77,12 @@ def chosen(
 
 def of(target: AnyTarget) -> str:
     """The sizes of a target as a text: of a convolution, and empty for what has no input size."""
-    if not isinstance(target, Target) or not isinstance(as_operator(target.layers[0]), ConvOperator):
+    if not isinstance(target, Target) or not isinstance(op := as_operator(target.layers[0]), ConvOperator):
         return ""
-    found = dict.fromkeys("×".join(map(str, size)) for sizes in target.sizes.values() for size in sizes)
-    return ", ".join(found) if len(target.sizes) == len(target.layers) else ", ".join([*found, "every size"])
+    found = ["×".join(map(str, size)) for layer in target.layers for size in target.sizes.get(layer, ())]
+    if len(target.sizes) < len(target.layers):
+        found.append("every size" if op.is_pointwise else "every size (none recorded)")
+    return ", ".join(dict.fromkeys(found))
 
 
 def recorded(
@@ -157,8 +159,8 @@ def _copied(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     except Exception as error:  # whatever a module's own way to copy itself raises
         raise ValueError(
             f"`example` is run through a copy of the model, and this {type(model).__name__} cannot be copied "
-            f"({type(error).__name__}: {error}). The model is as it was. Without `example` layers are bounded at every input size; "
-            "sizes that were recorded on the plain model are kept: start the hook on it before it is sharded or wrapped."
+            f"({type(error).__name__}: {error}). The model is as it was. Leave `example` away to bound layers at every input size; "
+            "or start the hook on the plain model before it is sharded: sizes that were recorded then are kept."
         ) from error
 
 

@@ -77,8 +77,10 @@ def _plain_sizes(op: ConvOperator, axis: int) -> tuple[int, int]:
 
 
 def _rows_of_zeros(ops: Sequence[ConvOperator], axis: int) -> int:
-    """The least number of rows of a circular operator without meetings around the seam, of as few frequencies as there are."""
-    least = 1
+    """The least number of rows of a circular operator without meetings around the seam; no fewer frequencies than taps."""
+    # a dilated kernel meets itself: multiples of this have the fewest frequencies
+    repeats = ops[0].dilation[axis] // gcd(ops[0].stride[axis], ops[0].dilation[axis])
+    least = repeats * ops[0].canonical_shape[3 + axis]  # else a projection on the grid could not tell the taps apart
     for op in ops:
         n, m = _plain_sizes(op, axis)
         s, d, (before, _) = op.stride[axis], op.dilation[axis], op.padding[axis]
@@ -86,8 +88,6 @@ def _rows_of_zeros(ops: Sequence[ConvOperator], axis: int) -> int:
         left, right = max(start, 0), min(end, n - 1)  # the columns that are read
         period = max(end - left, right - start) + 1
         least = max(least, m, -(-period // s))
-    # a dilated kernel meets itself: multiples of this have the fewest frequencies
-    repeats = ops[0].dilation[axis] // gcd(ops[0].stride[axis], ops[0].dilation[axis])
     return -(-least // repeats) * repeats
 
 
