@@ -244,8 +244,8 @@ class SpectralClipCallback(HookCallback):
             )
         if options.get("example") is not None:
             raise NotImplementedError(
-                "`example` is not supported in Keras, for the hook sees kernels and no forward: leave it away, and layers are bounded "
-                "at every input size."
+                "`example` is not supported in Keras, for the hook sees kernels and no forward: leave it away, and layers are "
+                "bounded at every input size."
             )
         super().__init__(hooks.SpectralClip(max_norm, split=split, **options))
 

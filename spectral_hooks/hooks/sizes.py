@@ -159,7 +159,7 @@ def _copied(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     except Exception as error:  # whatever a module's own way to copy itself raises
         raise ValueError(
             f"`example` is run through a copy of the model, and this {type(model).__name__} cannot be copied "
-            f"({type(error).__name__}: {error}). The model is as it was. Leave `example` away to bound layers at every input size; "
+            f"({type(error).__name__}: {error}). The model is as it was. Leave `example` away to bound layers at every size; "
             "or start the hook on the plain model before it is sharded: sizes that were recorded then are kept."
         ) from error
 
