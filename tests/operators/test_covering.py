@@ -1,4 +1,4 @@
-"""The norm at an input size is bounded by that of one circular operator: against dense float64 matrices of torch's own forward."""
+"""The norm at an input size is at most that of a circular operator: against dense float64 matrices of torch's own forward."""
 
 from __future__ import annotations
 
@@ -92,7 +92,11 @@ def test_dynamic_padding_is_covered_at_all_smaller_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("taps", "options", "sizes"),
-    [(2, {}, [(4,), (5,)]), (3, {"padding": 1, "stride": 2}, [(4,), (6,), (10,)]), (3, {"padding": 2, "dilation": 2}, [(6,), (4,)])],
+    [
+        (2, {}, [(4,), (5,)]),
+        (3, {"padding": 1, "stride": 2}, [(4,), (6,), (10,)]),
+        (3, {"padding": 2, "dilation": 2}, [(6,), (4,)]),
+    ],
 )
 def test_circular_padding_is_covered_at_all_recorded_sizes(taps: int, options: dict, sizes: list[tuple[int, ...]]) -> None:
     for seed in range(10):
