@@ -220,12 +220,13 @@ class SpectralClipCallback(HookCallback):
             a model and its parts.
         split: likewise, for `Dense` and `EinsumDense` layers: the parts of their outputs, of several axes one after another.
         lora: is refused. A layer after `enable_lora()` makes its kernel anew in every call, and is left out.
+        example: is refused. Kernels are bounded at every input size.
         log: add to each epoch's logs, and so to the `History`, `spectral_clip/norm_before` (the largest norm of a constrained
             layer that an update has led to, before clipping) and `spectral_clip/clipped` (how many weights were clipped, on
             average over the projections); costs a certified norm of every layer at every projection.
 
     Raises:
-        NotImplementedError: `lora` is given.
+        NotImplementedError: `lora` or `example` is given.
         ValueError, TypeError: as for `spectral_hooks.SpectralClip`.
 
     Example:
@@ -242,6 +243,11 @@ class SpectralClipCallback(HookCallback):
                 "kernel anew in every call, so it is left out, and `skipped` says so."
             )
         super().__init__(hooks.SpectralClip(max_norm, split=split, **options))
+        if options.get("example") is not None:
+            raise NotImplementedError(
+                "`example` is not supported in Keras, for the hook sees kernels and no forward: leave it away, and layers are "
+                "bounded at every input size."
+            )
 
     def of_epoch(self, name: str, values: list[float]) -> float:
         return max(values) if name == "spectral_clip/norm_before" else fmean(values)

@@ -162,8 +162,8 @@ class SpectralClip(HookCallback):
     (pruning, averaging).
 
     Args:
-        max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, split, lora, distribute: as for
-            `spectral_hooks.SpectralClip`.
+        max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, split, lora, distribute, example: as
+            for `spectral_hooks.SpectralClip`; the example is what the module's `forward` takes.
         log: send `spectral_clip/norm_before` (the largest norm of all layers before clipping) and `spectral_clip/clipped` (how
             many were clipped) of the last projection to `trainer.callback_metrics`, and to the loggers at the Trainer's
             `log_every_n_steps` where there was a projection since; costs a certified norm of every layer at every projection.

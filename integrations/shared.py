@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 from spectral_hooks.hooks import Hook
+from spectral_hooks.hooks.sizes import Example
 from spectral_hooks.projections import Projection
 from spectral_hooks.weights.patterns import Patterns
 
@@ -29,6 +30,7 @@ class ClipOptions(HookOptions, total=False):
     schedule: Callable[[int], float] | None
     batch_norm: str | None
     distribute: bool
+    example: Example | None
 
 
 class HookHolder:

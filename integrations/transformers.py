@@ -149,8 +149,8 @@ class SpectralClip(HookCallback):
     equals the uninterrupted one too, else it is within the slack. Frozen weights are left as they are.
 
     Args:
-        max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, distribute: as for
-            `spectral_hooks.SpectralClip`.
+        max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, distribute, example: as for
+            `spectral_hooks.SpectralClip`; a batch of a data collator is an example.
         split: fused projections of query, key and value (GPT-2's `c_attn`) are bounded whole if None or False, each of the three
             by itself if True, each head of each if "heads". Where the layout is not known here, a mapping from patterns to the
             number of equal parts or their sizes, as for `spectral_hooks.SpectralClip`: `{"*.query_key_value": 3 * heads}`.

@@ -110,6 +110,10 @@ class Hook:
         """What `report` gives as the bound of a weight's norm; None where there is none."""
         return None
 
+    def input_of(self, target: AnyTarget) -> str:
+        """What `report` gives as the size of the inputs for which the bound of a weight holds; empty for all that it can have."""
+        return ""
+
     def rows(self) -> list[Row]:
         """Lines of `report` for what is acted on besides the weights."""
         return []

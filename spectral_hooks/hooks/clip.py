@@ -14,13 +14,14 @@ from .. import projections
 from ..linalg.scaling import check_finite
 from ..norms.spectral_norm import spectral_norm
 from ..operators.base import KernelOperator, is_number
+from ..operators.covering import Sizes
 from ..projections import Projection
 from ..projections.arguments import check_max_norm
 from ..weights.gains import write_gain_
 from ..weights.patterns import Patterns
 from ..weights.selection import Selection, Split
 from ..weights.targets import AnyTarget, Whole, WholeSum
-from . import normalizations, settings
+from . import normalizations, settings, sizes
 from .atomic import write_all_
 from .base import FROZEN, Hook, check_count, check_flag
 from .iterates import project_iterates
@@ -35,8 +36,8 @@ class SpectralClip(Hook):
     """Keep the operator norm of every convolution and linear layer at most `max_norm` while a model trains.
 
     After each optimizer step the weights whose norm exceeds the bound are projected, in place, by `projections.clip` on the
-    lattice operator: the bound holds for each layer at every input size. Classes, parameters, state-dict keys and the forward
-    stay those of the plain model.
+    lattice operator: the bound holds for each layer at every input size; with `example` at those that it meets. Classes,
+    parameters, state-dict keys and the forward stay those of the plain model.
 
     Guaranteed: after `attach`, and after every `every`-th step, the norm of each selected layer, in the dtype that it is
     stored in, is at most `max_norm` (certified; within 1e-6 counts as equal).
@@ -71,6 +72,12 @@ class SpectralClip(Hook):
         split, lora: as for `weights.selection.select`: fused projections in parts, and how LoRA adapters count.
         distribute: share the work over the processes of torch.distributed: each weight has an owner that projects it and sends
             the result. All processes must hold the same weights (DDP, FSDP2).
+        example: what the model takes, to bound convolutions at the input sizes that they meet with it: a looser constraint, and
+            with small inputs a cheaper one. A tensor, a tuple of arguments, a mapping of keyword arguments, or a function of the
+            model that runs it; a copy of the model is run once, in eval mode, and the model stays as it is. With zero padding the
+            bound holds at these sizes and all that are smaller, with circular padding at these alone, and **not for larger
+            inputs**; layers that were not called stay bounded at every size. `report()` shows the sizes, `state_dict()` has them,
+            pickles hold the example's shapes only. Processes must give inputs of equal sizes, or `distribute`.
         log: measure `largest_norm` too, for `metrics()`: costs a certified norm of every layer at every projection.
 
     Attributes:
@@ -113,10 +120,12 @@ class SpectralClip(Hook):
         split: Split = None,
         lora: str = "merged",
         distribute: bool = False,
+        example: sizes.Example | None = None,
         log: bool = False,
     ) -> None:
         super().__init__(layers=layers, exclude=exclude, every=every, split=split, lora=lora, log=log)
         _check(rounds, slack, schedule, batch_norm, distribute)
+        sizes.check_example(example)
         self.max_norm = check_max_norm(max_norm)
         self.rounds = int(rounds)
         self.projection = projections.named(projection)
@@ -124,14 +133,18 @@ class SpectralClip(Hook):
         self.schedule = schedule
         self.batch_norm = batch_norm
         self.distribute = bool(distribute)
+        self.example = example
         self.clipped = 0
         self.largest_norm: float | None = None
         self._normalizations: dict[str, nn.Module] = {}
         # of the weights, and of what optimizers keep apart from them: their average "x" and their fast iterate "z"
         self._known: dict[str, dict[str, Known]] = {}
+        self._sizes: dict[str, Sizes] = {}
 
     def shown_setting(self, name: str, value: Any) -> str:
         """How `repr` shows the value of a setting."""
+        if name == "example":
+            return sizes.shown(value)
         if name != "projection":
             return super().shown_setting(name, value)
         projection = projections.named(value)
@@ -139,7 +152,7 @@ class SpectralClip(Hook):
         return f"{settings.text(projection)} ({kept} the bound)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_normalizations": {}, "_known": {}}
+        return super().__getstate__() | {"_normalizations": {}, "_known": {}, "example": sizes.without_values(self.example)}
 
     # -- what it does -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +164,8 @@ class SpectralClip(Hook):
         """The weights, and the batch normalizations beside them."""
         selection = super().choose(model)
         self._normalizations = normalizations.chosen(model, selection, clips=self.batch_norm is not None)
+        before = self._sizes if self._resumed or self.example is not None else {}
+        self._sizes = sizes.chosen(model, selection, self.example, before, everywhere=self.distribute)
         return selection
 
     def forget(self) -> None:
@@ -279,11 +294,12 @@ class SpectralClip(Hook):
         """
         plain = {which: {name: tuple(now) for name, now in known.items()} for which, known in self._known.items()}
         state = super().state_dict() | {"known": plain.pop("", {})}
-        return state | ({"iterates": plain} if plain else {})
+        return state | ({"iterates": plain} if plain else {}) | ({"sizes": self._sizes} if self._sizes else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; call it before the hook is attached."""
         super().load_state_dict(state)
+        self._sizes = {name: tuple(map(tuple, each)) for name, each in state.get("sizes", {}).items()}
         saved = {"": state.get("known", {}), **state.get("iterates", {})}
         self._known = {which: {name: Known(*now) for name, now in known.items()} for which, known in saved.items()}
 
@@ -304,6 +320,10 @@ class SpectralClip(Hook):
     def bound_of(self, target: AnyTarget) -> float:
         """The bound as it is now, of all weights."""
         return self.bound
+
+    def input_of(self, target: AnyTarget) -> str:
+        """The recorded input sizes at which a convolution is bounded; without `example` it is at every size."""
+        return sizes.of(target) if self._sizes or self.example is not None else ""
 
     def rows(self) -> list[Row]:
         """Lines for the batch normalizations whose gains are kept at the bound."""

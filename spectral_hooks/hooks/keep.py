@@ -16,7 +16,7 @@ from .. import projections
 from ..linalg.precision import exact, float32_is_kept, full_precision
 from ..linalg.scaling import each, normalized
 from ..norms.proofs import certificates
-from ..operators.base import KernelOperator
+from ..operators.base import Grid, KernelOperator
 from ..projections.dual import clip_kernel
 from ..projections.settle import settle
 from .keep_matrices import kept_matrices
@@ -52,16 +52,16 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
     matrices = [i for i, job in enumerate(jobs) if job.is_matrix]
     for i, job in zip(matrices, kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices), strict=True):
         results[i] = job
-    moving: list[tuple[int, Tensor]] = []
+    moving: dict[Grid | None, list[tuple[int, Tensor]]] = {}
     for i, job in enumerate(jobs):
         if job.is_matrix:
             continue
         kernel = job.op.canonical().detach()
         if slack >= _LEAST_DEPTH and _moves(job, kernel):
-            moving.append((i, kernel))
+            moving.setdefault(job.op.frequency_grid, []).append((i, kernel))
         else:
             results[i] = _to_the_bound(job, max_norm, rounds)
-    for members, kernels in alike(moving):
+    for members, kernels in (batch for on_one_grid in moving.values() for batch in alike(on_one_grid)):
         kept = _kept([jobs[i] for i in members], kernels, max_norm, rounds, slack)
         for i, job in zip(members, kept, strict=True):
             results[i] = job
@@ -69,9 +69,9 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
 
 
 def _moves(job: Job, kernel: Tensor) -> bool:
-    """Whether it is known from where it has moved, and is either certified on the lattice or made of matrices."""
+    """Whether it is known from where it has moved, and is certified at frequencies: on the lattice or a grid, or of matrices."""
     is_matrix = prod(kernel.shape[3:]) == 1
-    return job.far is not None and job.far < inf and (is_matrix or not job.op.is_finite)
+    return job.far is not None and job.far < inf and (is_matrix or job.op.kind != "finite")
 
 
 def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
@@ -129,7 +129,8 @@ def _certified(ops: list[KernelOperator], kernels: Tensor, moves: list[_Move], m
         torch.tensor(values, dtype=torch.float64).repeat_interleave(groups)
         for values in (*zip(*moves, strict=True), [op.lattice_factor / max_norm for op in ops])
     )
-    found = certificates(precise * each(scale.to(precise.device), kernels.ndim - 1), pace, depth)
+    sizes = tuple(size for size, _ in ops[0].frequency_grid or ())
+    found = certificates(precise * each(scale.to(precise.device), kernels.ndim - 1), pace, depth, sizes)
     estimates, proven = (x.unflatten(0, (-1, groups)).amax(1).tolist() for x in found)
     return list(zip(estimates, proven, strict=True))
 

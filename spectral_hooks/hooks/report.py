@@ -22,9 +22,10 @@ class Row(NamedTuple):
     norm: str
     bound: str
     status: str
+    input: str = ""
 
 
-_HEADER = Row("layer", "kind", "norm", "bound", "status")
+_HEADER = Row("layer", "kind", "norm", "bound", "status", "input")
 #: What errors and reports call a model that is a layer itself.
 _ITSELF = "the model itself"
 
@@ -61,7 +62,7 @@ def _row(hook: Hook, target: AnyTarget, measures: bool, reason: str | None) -> R
                 norm = bound
     except ValueError as error:  # not finite
         reason = reason or str(error)
-    return row(target.name, target.kind, norm, bound, reason)
+    return row(target.name, target.kind, norm, bound, reason)._replace(input=hook.input_of(target))
 
 
 def row(name: str, kind: str, norm: float | None, bound: float | None, reason: str | None) -> Row:
@@ -85,11 +86,12 @@ def _number(value: float | None) -> str:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """The rows below their header, columns in line."""
+    """The rows below their header, columns in line; without the last one where there is nothing in it."""
     if not rows:
         return []
-    widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (_HEADER, *rows)]
+    lines = [row if any(row.input for row in rows) else row[:-1] for row in (_HEADER, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def _reasons(left: dict[str, str], free: dict[str, int]) -> list[str]:

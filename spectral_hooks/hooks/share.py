@@ -18,7 +18,7 @@ def shared(function: Callable[[Whole | WholeSum], Any], targets: Sequence[AnyTar
     Raises:
         ValueError: on every process, if the function raised on the owner.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    rank, world = _place()
     mine: dict[int, tuple[Any, str | None]] = {}
     for i, target in enumerate(targets):
         whole = target.gathered()
@@ -28,13 +28,24 @@ def shared(function: Callable[[Whole | WholeSum], Any], targets: Sequence[AnyTar
             mine[i] = function(whole), None
         except ValueError as error:  # the others wait for an answer
             mine[i] = None, str(error)
-    everyone: list[Any] = [mine]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, mine)
-    results = {i: result for part in everyone for i, result in part.items()} | mine
+    results = {i: result for part in of_all_processes(mine) for i, result in part.items()} | mine
     ordered = [results[i] for i in range(len(targets))]
     failed = [message for _, message in ordered if message is not None]
     if failed:
         raise ValueError(failed[0])
     return [value for value, _ in ordered]
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """The values that all processes call this with, in the order of their ranks; a process alone has its own."""
+    _, world = _place()
+    if world == 1:
+        return [value]
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _place() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..linalg.cholesky import below_
 from ..linalg.gram import Gram
-from ..linalg.lanczos import lanczos
+from ..linalg.lanczos import lanczos, norms
 from ..linalg.precision import exact
-from ..linalg.symbols import product, trim
+from ..linalg.symbols import half_plane, product, trim
 from ..linalg.threads import calm
 from .cells import angle_of, cells_at, tiling
-from .cover import covering, proven_below
-from .single_row import suprema
+from .cover import covering, in_chunks, proven_below
+from .single_row import grid_maxima, suprema
 
 #: Krylov steps for an estimate of the norm of a kernel, and what it may lack; of a matrix, which has a single chance, more.
 _KRYLOV_STEPS, _MARGIN = 4, 1.02
@@ -37,7 +37,7 @@ _MOST_SPLIT = 2
 
 
 @calm
-def certificates(kernels: Tensor, pace: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+def certificates(kernels: Tensor, pace: Tensor, depth: Tensor, sizes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """For each group of a canonical kernel an estimate of `sup_θ ‖F(θ)‖₂`, and a number `≤ 1` that it is proven not to exceed.
 
     The second is infinite where no proof was found with few cells, and for NaN. A proof costs the less the more room there is
@@ -47,12 +47,16 @@ def certificates(kernels: Tensor, pace: Tensor, depth: Tensor) -> tuple[Tensor, 
         kernels: `(groups, rows, columns, *taps)`.
         pace: by how much the norm may change in a step, `(groups,)`.
         depth: how far below 1 a norm is taken to lie, unless it is seen to be smaller, `(groups,)`.
+        sizes: of circular operators, frequencies per axis: the largest norm on their grid is asked for, whatever pace and depth.
     """
     # `sup ‖F‖₂² ≥ mean ‖F‖_F² / rank`: what is outside by that would spoil the bounds of the others' rounding
     estimate = (kernels.flatten(1).double().square().sum(1) / min(kernels.shape[1:3])).sqrt().cpu()
     proven = torch.full_like(estimate, inf)
     left = estimate < 1
     if not left.any():
+        return estimate, proven
+    if sizes:
+        estimate[left], proven[left] = _on_grid(exact(kernels[left.to(kernels.device)]), sizes)
         return estimate, proven
     kernels, _ = trim(exact(kernels[left.to(kernels.device)]))
     degree = torch.tensor(kernels.shape[3:]).to(kernels) - 1
@@ -99,6 +103,29 @@ def _estimates(matrices: Tensor, groups: int, steps: int) -> Tensor:
     start = matrices.take_along_dim(largest[:, None, None], dim=-1).squeeze(-1)
     squared, _ = lanczos(matrices, start, steps)
     return squared.unflatten(0, (groups, -1)).amax(1).clamp(min=0).sqrt().double().cpu()
+
+
+def _on_grid(kernels: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Estimates of the largest norms on a grid of frequencies, and what is proven of them: about that, 1 or infinity."""
+    if min(kernels.shape[1:3]) == 1:
+        upper = grid_maxima(kernels, sizes).upper.cpu()
+        return upper, upper.where(upper <= 1, inf)
+    gram, (theta, _) = Gram(kernels), half_plane(sizes, kernels)
+    quick, cells = gram.single(), cells_at(theta, theta.new_tensor(kernels.shape[3:]) - 1, gram.groups)
+    squared = theta.new_zeros(gram.groups)
+    for part in in_chunks(quick, cells):
+        found = norms(quick(part.group, part.centre), steps=_MATRIX_KRYLOV_STEPS)
+        squared.scatter_reduce_(0, part.group, found.to(squared), "amax")
+    estimate = squared.clamp(min=0).sqrt().cpu()
+    proven = torch.full_like(estimate, inf)
+    for goal in (*((margin * estimate).clamp(1e-3, 1) for margin in _MATRIX_MARGINS), torch.ones_like(estimate)):
+        members = ((proven == inf) & (estimate < goal)).nonzero().squeeze(1)
+        if len(members):
+            room = _ROUNDING_SHARE * float(1 - (estimate / goal)[members].amax().square())
+            scaled = gram.some(members.to(theta.device), goal[members].square().to(theta))
+            inside = proven_below(scaled.single(), scaled, cells_at(theta, cells.radius, len(members)), 1.0, room)
+            proven[members] = goal[members].where(inside.unflatten(0, (len(members), -1)).all(1).cpu(), inf)
+    return estimate, proven
 
 
 def _of_matrices(squares: Tensor, error: float) -> tuple[Tensor, Tensor]:

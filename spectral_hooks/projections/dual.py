@@ -38,6 +38,8 @@ def clip_kernel(
     if op.is_pointwise:
         return _clip_matrices(kernel, max_norm / op.lattice_factor, op.dtype)
     sizes, level = _clip_grid(op, kernel, max_norm)
+    if _crops_nothing(op, kernel, sizes):  # one step is all
+        rounds, stretch = 1, False
     grid = FrequencyGrid(sizes, kernel)
     counts, crop = grid.shares, _cropping(op, kernel, grid)
 
@@ -66,10 +68,7 @@ def clip_kernel(
         tau = step_length(change, cropped).clamp(min=1)
         dual, nuclear = dual.add_(change.mul_(each(share))), nuclear + share * growth
         weight = weight - each(share, kernel.ndim - 1) * cropped
-    if not stretch:
-        return weight, peak
-    fine = sizes if op.kind == "circular" else tuple(2 * n if n > 1 else 1 for n in sizes)
-    return _extended(kernel, kernel - weight, level, fine), peak
+    return (_extended(op, kernel, kernel - weight, level, sizes) if stretch else weight), peak
 
 
 def _clip_matrices(kernel: Tensor, level: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -109,13 +108,19 @@ def _cropping(op: KernelOperator, kernel: Tensor, grid: FrequencyGrid) -> Callab
     return lambda symbols: grid.adjoint(symbols) * support
 
 
-def _extended(kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
+def _crops_nothing(op: KernelOperator, kernel: Tensor, sizes: tuple[int, ...]) -> bool:
+    """Whether every symbol on the grid is that of a kernel: of a circular operator with as many frequencies as taps."""
+    return op.kind == "circular" and sizes == tuple(kernel.shape[3:]) and kernel.numel() == op.weight.numel()
+
+
+def _extended(op: KernelOperator, kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
     """`K₀ - t D` for the correction `D` so far and the `t` that ends nearest to `K₀` after the scaling that is still needed.
 
     A few rounds correct too little, most of all between the frequencies of their grid. Going on in the same direction costs far
     less than scaling everything.
     """
-    grid = FrequencyGrid(sizes, kernel)
+    fine = sizes if op.kind == "circular" else tuple(2 * n if n > 1 else 1 for n in sizes)
+    grid = FrequencyGrid(fine, kernel)
     best, shortest = kernel, _squares(kernel) + inf
     nearing = torch.ones_like(shortest, dtype=torch.bool)
     for t in _STRETCHES:

@@ -60,6 +60,12 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield name, module
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The plain model: what wrappers (compiling, data-parallel, Fabric's, Opacus') were laid around."""
+    inner = next((child for name, child in model._modules.items() if child is not None and _wraps(model, name)), None)
+    return model if inner is None else unwrapped(inner)
+
+
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Each module once, under its full name and that without what wrappers prefix."""
     plain = {"": ""}

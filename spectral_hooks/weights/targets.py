@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..linalg.scaling import check_finite
 from ..operators import DenseOperator, as_operator
 from ..operators.base import KernelOperator
+from ..operators.covering import Sizes, at_sizes
 from ..operators.layers import lora_factors
 from ..projections import rescale
 from ..projections.low_rank import clip_update
@@ -33,6 +34,8 @@ class Target:
     name: str
     layers: list[nn.Module]
     outputs: slice | None = None
+    #: Of some layers, the input sizes that they are bounded at; all others are at every size.
+    sizes: dict[nn.Module, Sizes] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -40,8 +43,12 @@ class Target:
         return kind_of(self.layers[0])
 
     def operators(self) -> list[KernelOperator]:
-        """An operator for each layer, all of one weight; tied layers may apply it with different geometries, or transposed."""
-        operators = [_part(as_operator(layer), self.outputs) for layer in self.layers]
+        """An operator for each layer, all of one weight; tied layers may apply it with different geometries, or transposed.
+
+        Its norm bounds that of the layer at the sizes that this is bounded at.
+        """
+        each = (at_sizes(layer, self.sizes[layer]) if layer in self.sizes else as_operator(layer) for layer in self.layers)
+        operators = [_part(op, self.outputs) for op in each]
         return [operators[0], *(_as_it_lies(op, operators[0].weight) for op in operators[1:])]
 
     def gathered(self) -> Whole:

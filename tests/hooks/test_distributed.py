@@ -125,3 +125,48 @@ def test_sharing_alone_changes_nothing() -> None:
     train(other, sh.SpectralClip(0.8, distribute=True))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def run_with_examples(rank: int, port: int, kind: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = network()
+    hook = sh.SpectralClip(0.8, distribute=True, example=torch.zeros(1, 3, 8, 8))
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+        # of other sizes along each axis: the larger count for all
+        hook.example = lambda model: model[:3](torch.zeros(1, 3, 8 - 2 * rank, 6 + 2 * rank))
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        hook.start(model)  # a sharded model cannot be copied
+        for layer in (model[0], model[2], model[4], model[5], model):
+            fully_shard(layer)
+        with pytest.raises(ValueError, match=r"cannot be copied.*start the hook on the plain model before it is sharded"):
+            sh.SpectralClip(0.8, example=torch.zeros(1, 3, 8, 8)).start(model)
+    train(model, hook)
+    torch.save((whole(model), hook.state_dict()["sizes"]), Path(folder) / f"{rank}.pt")
+    hook.example = lambda model: model(torch.zeros(1, 3 + rank, 8, 8))
+    if kind == "ddp":  # on every process, whoever has it
+        with pytest.raises(ValueError, match=r"does not run through the model: layer 0 raised RuntimeError"):
+            hook.start(model)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_examples_of_all_processes_count(kind: str) -> None:
+    if kind == "fsdp2" and not shards_on_cpu():
+        pytest.skip("FSDP2 of torch 2.5 needs CUDA")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_with_examples, args=(free_port(), kind, folder), nprocs=2)
+        (here, sizes), (there, others) = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(2))
+    assert sizes == others == {"0": ((8, 8),), "2": ((6, 6),)}
+    alone = network()
+    hook = sh.SpectralClip(0.8, example=torch.zeros(1, 3, 8, 8))
+    if kind == "fsdp2":
+        hook.start(alone)
+    train(alone, hook)
+    for a, b, one in zip(here, there, whole(alone), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, one, rtol=1e-6, atol=1e-6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 import spectral_hooks as sh
 from spectral_hooks.hooks import Hook
 from spectral_hooks.weights.targets import AnyTarget
@@ -75,6 +77,7 @@ OPTIONS: dict[str, Any] = {
     "split": {"*.qkv": 3},
     "lora": "product",
     "distribute": True,
+    "example": (torch.zeros(1, 3, 8, 8),),
     "log": True,
 }
 assert OPTIONS.keys() == inspect.signature(sh.SpectralClip).parameters.keys(), "an option without a value here"
@@ -91,6 +94,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"batch_norm": "freeze"}, ValueError),
     ({"split": 3}, TypeError),
     ({"distribute": "all"}, ValueError),
+    ({"example": 3}, TypeError),
     ({"log": "yes"}, ValueError),
     ({"no_such_option": 1}, TypeError),
 ]
