@@ -13,7 +13,8 @@ from ..linalg.precision import at_least_float32, in_full_precision
 from ..operators import ConvOperator, DenseOperator, as_operator
 from ..projections.arguments import check_max_norm
 from .arguments import check_reachable
-from .block_conv import Blocks, compose, decompose
+from .block_conv import Blocks, compose
+from .nearest_blocks import decompose
 from .remove import check_assigned, register
 from .stiefel import MAPS, origin, polar_factor
 

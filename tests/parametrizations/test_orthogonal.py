@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CONVS, FEW_CONVS, MATRICES, Case, apply_to_identity
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import spectral_hooks as sh
 from spectral_hooks.parametrizations import remove_spectral, spectral_report
+from spectral_hooks.parametrizations.block_conv import compose
+from spectral_hooks.parametrizations.nearest_blocks import decompose
 from spectral_hooks.parametrizations.orthogonal import orthogonal
 from spectral_hooks.parametrizations.stiefel import (
     MAPS,
@@ -309,6 +312,46 @@ def test_kernels_start_near(name: str) -> None:
         float((shaken(copy.deepcopy(layer), seed, 2.0).weight.detach() - weight).norm() / weight.norm()) for seed in range(20)
     ]
     assert distance < min(others)
+
+
+#: Layers whose nearest product is searched for: with an exit, an entry, both, and none of the axes alike.
+SEARCHED = {
+    "square": lambda: nn.Conv2d(6, 6, 3),
+    "more outputs": lambda: nn.Conv2d(4, 7, (2, 4)),
+    "more inputs": lambda: nn.Conv1d(9, 4, 6),
+    "strided": lambda: nn.Conv2d(4, 12, 4, 2),
+    "stem": lambda: nn.Conv2d(2, 15, 5, 2),
+    "groups": lambda: nn.Conv2d(8, 8, 3, groups=2),
+    "volume": lambda: nn.Conv3d(3, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_no_single_factor_could_bring_a_start_much_nearer(name: str) -> None:
+    """The product is affine in each projector: its gradient, autograd's through `compose`, tells what the best one would gain."""
+    torch.manual_seed(0)
+    parametrization = orthogonal(SEARCHED[name]().double()).parametrizations.weight[0]
+    blocks, weight = parametrization.blocks, SEARCHED[name]().double().weight.detach()
+    parts = decompose(blocks, weight)
+    reached = float((compose(blocks, parts) * weight).sum())
+    assert reached > 0
+    for factor in parts:
+        # frames as wide as they are high, so that the identity is one of them and `P` is what it stands for
+        wide = {"frames": F.pad(parts["frames"], [0, blocks.middle - blocks.middle // 2])}
+        for place in range(len(blocks.axes)) if factor == "frames" else (...,):
+            varied = {key: part.clone() for key, part in (parts | wide).items()}
+            if factor == "frames":
+                varied[factor][:, place] = torch.eye(blocks.middle)
+            varied[factor].requires_grad_()
+            (slope,) = torch.autograd.grad((compose(blocks, varied) * weight).sum(), varied[factor])
+            now = parts[factor][:, place] if factor == "frames" else parts[factor]
+            if factor == "frames":
+                slope = slope[:, place] / 2
+                best = torch.linalg.eigvalsh(slope)[:, -(blocks.middle // 2) :].sum()
+                has = torch.einsum("gij,gik,gjk->", slope, now, now)
+            else:
+                best, has = torch.linalg.svdvals(slope).sum(), (slope * now).sum()
+            assert float(best - has) <= 5e-3 * reached
 
 
 def test_a_kernel_with_one_tap_starts_as_it_is() -> None:
