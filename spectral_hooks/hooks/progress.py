@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-import torch.distributed as dist
+from .share import is_first
 
 try:
     from tqdm.auto import tqdm
@@ -25,7 +25,6 @@ def shown(items: Sequence[Item], description: str) -> Iterable[Item]:
     Only the first process of torch.distributed shows it. `TQDM_DISABLE=1`, or the logger `spectral_hooks` set above WARNING, turn
     it off.
     """
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    if tqdm is None or not first or not logging.getLogger("spectral_hooks").isEnabledFor(logging.WARNING):
+    if tqdm is None or not is_first() or not logging.getLogger("spectral_hooks").isEnabledFor(logging.WARNING):
         return items
     return tqdm(items, desc=description, delay=_DELAY, leave=False)

@@ -52,6 +52,10 @@ class Known(NamedTuple):
     #: Whether `‖D‖_F` was not enough the last time, so that a sharper bound is asked at once.
     sharply: bool = False
 
+    def moved(self, sharply: bool) -> Known:
+        """The same after a step that has not led outside; to look again at what has not moved is no step."""
+        return self._replace(age=self.age + 1, sharply=sharply)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -177,7 +181,7 @@ def _moved(job: Job, far: float, is_inside: bool, *, sharply: bool) -> Job:
     last = cast(Known, job.known)
     if not is_inside:
         return replace(job, far=far)
-    return replace(job, known=last._replace(age=last.age + 1, sharply=sharply), far=far, is_inside=True)
+    return replace(job, known=last.moved(sharply) if far else last, far=far, is_inside=True)
 
 
 def _key(job: Job) -> tuple[object, ...]:
@@ -228,7 +232,7 @@ def _judged(jobs: list[Job], kernels: Tensor, max_norm: float) -> list[Job]:
         last, far = cast(Known, job.known), phase * length
         room = (max_norm - last.norm) / measure / job.op.lattice_factor
         if room >= 0 and far <= room:  # also if neither is there; NaN compares as not inside
-            results.append(replace(job, known=last._replace(age=last.age + 1), is_inside=True))
+            results.append(replace(job, known=last.moved(last.sharply) if length else last, is_inside=True))
             continue
         if room > 0 and far < inf:
             shares[len(results)] = min(room, _UNFOLDING_SHARE * far)

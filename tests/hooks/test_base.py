@@ -33,7 +33,7 @@ class Recorder(Hook):
     def begin(self) -> None:
         self.events.append("begin")
 
-    def before_step(self) -> None:
+    def before_step(self, parameters) -> None:
         self.events.append("before")
 
     def act(self, targets, stepped) -> None:
@@ -140,7 +140,7 @@ def test_numpy_numbers_are_numbers() -> None:
         ({"exclude": ["a", 1.0]}, TypeError, r"`exclude` takes globs.*got 1\.0"),
         ({"distribute": "yes"}, ValueError, "`distribute` must be True or False; got 'yes'"),
         ({"log": None}, ValueError, "`log` must be True or False; got None"),
-        ({"every": 2.0}, ValueError, r"`every` must be a positive int; got 2\.0"),
+        ({"every": 2.0}, ValueError, r"`every` must be a positive int or 'auto'; got 2\.0"),
         ({"slack": "0"}, ValueError, "`slack`"),
     ],
 )
@@ -267,8 +267,10 @@ def test_a_weight_that_is_outside_is_gathered_once_a_step(monkeypatch: pytest.Mo
 
 
 def test_a_step_with_weights_inside_passes_through_nine_files() -> None:
-    """Of the package: a hook that projects nothing is read from a few of them."""
+    """Of the package, once the first steps were timed: a hook that projects nothing is read from a few of them."""
     _, _, hook = attached(20.0)
+    for _ in range(20):
+        hook.after_step()
     package, files = str(Path(sh.__file__).parent), set()
 
     def watch(frame, event: str, argument: object) -> None:
