@@ -131,11 +131,14 @@ class HookCallback(HookHolder, _Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._finish(final=False)
 
-    # the checkpoint's tensors are those of the model; what the hook knew of them was asked for before
+    # the checkpoint's tensors are those of the model, but for what was gathered of shards; and it has what the hook knew before
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._finish(final=False)
-        if self.state_key in checkpoint.get("callbacks", {}):
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        if self._handle is not None and self.hook.every != 1 and self.hook.finishes_between:
+            if self.hook.selection.is_sharded:
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            if self.state_key in checkpoint.get("callbacks", {}):
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     # with every > 1 the hook may not have acted after the last steps; before the last checkpoint is written
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

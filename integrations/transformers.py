@@ -56,10 +56,12 @@ class HookCallback(HookHolder, TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._handle: hooks.Handle | None = None
         self._step = 0
+        # where no optimizer is named
+        self._parameters: list[torch.Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # settings and progress, without the hooks on the optimizer
-        return self.__dict__ | {"_handle": None}
+        return self.__dict__ | {"_handle": None, "_parameters": []}
 
     def add_to(self, trainer: Any) -> HookCallback:
         """Make this the first callback of a Trainer, so that its metrics are in the logs when the reporters read them."""
@@ -80,7 +82,7 @@ class HookCallback(HookHolder, TrainerCallback):
         if optimizer is not None:
             self._handle = self.hook.attach(model, optimizer)
         else:
-            self.hook.training = True
+            self.hook.training, self._parameters = True, list(model.parameters())
             self.hook.start(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,7 +90,7 @@ class HookCallback(HookHolder, TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._handle is None:
-            self.hook.before_step(list(kwargs["model"].parameters()))
+            self.hook.before_step(self._parameters)
 
     # before the global step is counted, logged and saved
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
