@@ -127,6 +127,7 @@ class HookCallback(HookHolder, keras.callbacks.Callback):
         self._training, self._updates, image = True, self._count(), mirror(self.model)
         self._measured.clear()
         self.hook.training = True  # leave frozen layers as they are
+        self.hook.shows_bars = (self.params or {}).get("verbose") != 0
         self.hook.start(image)
         if type(self.hook).before_step is not hooks.Hook.before_step:
             for optimizer in self._optimizers():

@@ -99,6 +99,7 @@ class HookCallback(HookHolder, _Callback):
 
     # by now the checkpoint is restored and the optimizers exist; no later event covers the first weights
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.hook.shows_bars = trainer.progress_bar_callback is not None
         self._handle = self.hook.attach(pl_module, trainer.optimizers)
         self._logged = self.hook.acted_after
 

@@ -79,6 +79,7 @@ class HookCallback(HookHolder, TrainerCallback):
         self._remove()  # a training that an error has ended left it
         self.history.clear()
         self.hook.load_state_dict(self._saved(args, state) or {"step": state.global_step})
+        self.hook.shows_bars = not getattr(args, "disable_tqdm", False)
         if optimizer is not None:
             self._handle = self.hook.attach(model, optimizer)
         else:

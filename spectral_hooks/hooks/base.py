@@ -51,6 +51,7 @@ class Hook:
         acted_after: the last step that it has acted after.
         period: every how many steps it acts: `every`, or of "auto" what was found, and until then what is tried.
         training: whether frozen weights are left as they are. `attach` sets it, and so do the callbacks for frameworks.
+        shows_bars: whether what takes long may show a progress bar. Callbacks for frameworks set it.
         selection: the weights that were chosen at the start, and the reasons for all others.
 
     Raises:
@@ -67,7 +68,7 @@ class Hook:
         check_flag("log", log)
         self.every, self.split, self.lora, self.log = check_every(every), split, lora, bool(log)
         self.step = self.acted_after = 0
-        self.training = False
+        self.training, self.shows_bars = False, True
         self.selection = Selection()
         self._resumed = False
         self.handle: Handle | None = None

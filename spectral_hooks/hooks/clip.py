@@ -256,7 +256,7 @@ class SpectralClip(Hook):
         kept = keep_inside([jobs[i] for i in together], self.bound, rounds=self.rounds, slack=slack)
         for i, job in zip(together, kept, strict=True):
             results[i] = job
-        for i in shown([i for i in doubtful if i not in set(together)], "projecting weights"):
+        for i in shown([i for i in doubtful if i not in set(together)], "projecting weights", self.shows_bars):
             with self.naming(jobs[i].whole.target.name):
                 if i in single:
                     (results[i],) = keep_inside([jobs[i]], self.bound, rounds=self.rounds, slack=slack)

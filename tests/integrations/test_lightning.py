@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import spectral_hooks as sh  # noqa: E402
-from spectral_hooks.hooks import base, pace  # noqa: E402
+from spectral_hooks.hooks import base, pace, progress  # noqa: E402
 from spectral_hooks.hooks.pace import Pace  # noqa: E402
 from spectral_hooks.integrations.lightning import HookCallback, SpectralClip  # noqa: E402
 from spectral_hooks.integrations.shared import ClipOptions  # noqa: E402
@@ -840,6 +840,13 @@ def test_a_hook_that_acts_at_every_step_is_asked_wherever_others_change_weights(
     assert hook.events.count("finish") == 2 * (1 + 2 + 4) + 2
     assert "net.1" in HookCallback(hook).skipped
     assert "net.1" in HookCallback(hook).report()
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_trainer_without_bars_shows_none_of_ours(shows, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    fit(Module(), SpectralClip(1.0), loader=data(batches=1), max_epochs=1, enable_progress_bar=shows)
+    assert ("projecting weights" in capsys.readouterr().err) == (shows and progress.tqdm is not None)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import spectral_hooks as sh  # noqa: E402
-from spectral_hooks.hooks import pace  # noqa: E402
+from spectral_hooks.hooks import pace, progress  # noqa: E402
 from spectral_hooks.integrations.transformers import HookCallback, SpectralClip  # noqa: E402
 from spectral_hooks.weights.selection import select  # noqa: E402
 
@@ -802,6 +802,13 @@ def test_what_a_hook_adds_to_gradients_reaches_the_optimizer(settings, tmp_path)
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     weight, other = (models[name].transformer.h[0].mlp.c_fc.weight for name in ("pulled", "plain"))
     assert (weight - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_trainer_without_bars_shows_none_of_ours(shows, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    train(gpt2(), tmp_path, SpectralClip(1.0), max_steps=1, save_strategy="no", disable_tqdm=not shows)
+    assert ("projecting weights" in capsys.readouterr().err) == (shows and progress.tqdm is not None)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------------
