@@ -127,6 +127,7 @@ class HookCallback(HookHolder, keras.callbacks.Callback):
         self._training, self._updates, image = True, self._count(), mirror(self.model)
         self._measured.clear()
         self.hook.training = True  # leave frozen layers as they are
+        self.hook.shows_bars = (self.params or {}).get("verbose") != 0
         self.hook.start(image)
         if type(self.hook).before_step is not hooks.Hook.before_step:
             for optimizer in self._optimizers():
@@ -136,10 +137,11 @@ class HookCallback(HookHolder, keras.callbacks.Callback):
         before, self._updates = self._updates, self._count()
         if self._updates == before:
             # averages may be written at micro-steps too, and a train_step may hold an optimizer elsewhere
-            self._finish()
+            if self.hook.every == 1:
+                self._finish()
             return
         self.hook.after_step()
-        if self.hook.step % self.hook.every == 0 and (measured := self.hook.metrics()):
+        if self.hook.acted_after == self.hook.step and (measured := self.hook.metrics()):
             self._measured.append(measured)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -167,8 +169,8 @@ class HookCallback(HookHolder, keras.callbacks.Callback):
         return fmean(values)
 
     def _finish(self) -> None:
-        # with every > 1 it would make training depend on when it is validated
-        if self._training and self.hook.every == 1:
+        # with a number above 1 it would make training depend on when it is validated
+        if self._training and self.hook.finishes_between:
             self.hook.finish()
 
     def _optimizers(self) -> list[Any]:
@@ -185,8 +187,9 @@ class HookCallback(HookHolder, keras.callbacks.Callback):
         @torch.compiler.disable
         def before(gradients: Sequence[Tensor], variables: Sequence[Any]) -> list[Tensor]:
             contiguous = [gradient.contiguous() for gradient in gradients]
-            with gradients_laid(image, {id(variable): each for variable, each in zip(variables, contiguous, strict=True)}):
-                self.hook.before_step()
+            given = {id(variable): each for variable, each in zip(variables, contiguous, strict=True)}
+            with gradients_laid(image, given) as parameters:
+                self.hook.before_step(parameters)
             return contiguous
 
         def update(gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Any) -> None:
@@ -250,6 +253,8 @@ class SpectralClipCallback(HookCallback):
             )
 
     def of_epoch(self, name: str, values: list[float]) -> float:
+        if name == "spectral_clip/every":
+            return values[-1]
         return max(values) if name == "spectral_clip/norm_before" else fmean(values)
 
 

@@ -261,8 +261,10 @@ def _own_image(layer: Any, variables: Sequence[Any]) -> nn.Module:
 
 
 @contextmanager
-def gradients_laid(image: nn.Module, gradients: Mapping[int, Tensor]) -> Iterator[None]:
+def gradients_laid(image: nn.Module, gradients: Mapping[int, Tensor]) -> Iterator[list[Tensor]]:
     """While in here the kernels of a mirror have their gradients; what becomes of these is in the given tensors afterwards.
+
+    Gives the parameters of the mirror that have one.
 
     Args:
         image: of `mirror`.
@@ -273,7 +275,7 @@ def gradients_laid(image: nn.Module, gradients: Mapping[int, Tensor]) -> Iterato
     for kernel, gradient in laid.items():
         kernel.weight.grad = gradient
     try:
-        yield
+        yield [kernel.weight for kernel in laid]
         for kernel, gradient in laid.items():
             if kernel.weight.grad is not None and kernel.weight.grad is not gradient:
                 gradient.copy_(kernel.weight.grad)

@@ -69,7 +69,7 @@ class HookCallback(HookHolder, _Callback):
 
     @property
     def state_key(self) -> str:
-        return repr(self.hook)
+        return self.hook.key
 
     def state_dict(self) -> dict[str, Any]:
         return self.hook.state_dict()
@@ -99,35 +99,47 @@ class HookCallback(HookHolder, _Callback):
 
     # by now the checkpoint is restored and the optimizers exist; no later event covers the first weights
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.hook.shows_bars = trainer.progress_bar_callback is not None
         self._handle = self.hook.attach(pl_module, trainer.optimizers)
-        self._logged = self._actions()
+        self._logged = self.hook.acted_after
 
     # As Lightning's own callbacks log: what `self.log` is given once goes to the loggers again with every batch until the next
     # value, those of accumulated gradients and between two actions included.
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._actions() == self._logged or not (metrics := self.hook.metrics()):
+        if self.hook.acted_after == self._logged or not (metrics := self.hook.metrics()):
             return
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         if trainer._logger_connector.should_update_logs:
-            self._logged = self._actions()
+            self._logged = self.hook.acted_after
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _actions(self) -> int:
-        """How many steps the hook has acted after."""
-        return self.hook.step // self.hook.every
-
     # Pruning and averaging change weights at these events, before or after this callback as the user has listed them. A weight
-    # inside stays bit for bit; with every > 1 acting here would make training depend on when it is validated and saved.
+    # inside stays bit for bit; with a number above 1 acting here would make training depend on when it is validated and saved.
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._finish(final=False)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(final=False)
+
+    # by now an average of weights from between two actions may stand in the model
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == dataloader_idx == 0 and self.hook.every != 1:
+            self._finish(final=False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._finish(final=False)
 
-    # the checkpoint's tensors are those of the model
+    # the checkpoint's tensors are those of the model, but for what was gathered of shards; and it has what the hook knew before
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._finish(final=False)
+        if self._handle is not None and self.hook.every != 1 and self.hook.finishes_between:
+            if self.hook.selection.is_sharded:
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            if self.state_key in checkpoint.get("callbacks", {}):
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     # with every > 1 the hook may not have acted after the last steps; before the last checkpoint is written
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -138,7 +150,7 @@ class HookCallback(HookHolder, _Callback):
         self._finish(final=True)
 
     def _finish(self, final: bool) -> None:
-        if self._handle is not None and (final or self.hook.every == 1):
+        if self._handle is not None and (final or self.hook.finishes_between):
             self.hook.finish()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

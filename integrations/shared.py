@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from spectral_hooks.hooks import Hook
 from spectral_hooks.hooks.sizes import Example
@@ -16,7 +16,7 @@ class HookOptions(TypedDict, total=False):
 
     layers: Patterns
     exclude: Patterns
-    every: int
+    every: int | Literal["auto"]
     lora: str
     log: bool
 
@@ -39,8 +39,17 @@ class HookHolder:
     hook: Hook
 
     def __repr__(self) -> str:
+        return self.shown(repr(self.hook))
+
+    @property
+    def key(self) -> str:
+        """The settings as a text, the same in every process and at every step: checkpoints know the callback by it."""
+        return self.shown(self.hook.key)
+
+    def shown(self, hook: str) -> str:
+        """The callback as a text, from that of its hook."""
         own, its = type(self).__name__, type(self.hook).__name__
-        return own + (repr(self.hook).removeprefix(its) if own.startswith(its) else f"({self.hook!r})")
+        return own + (hook.removeprefix(its) if own.startswith(its) else f"({hook})")
 
     @property
     def skipped(self) -> dict[str, str]:

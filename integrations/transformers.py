@@ -56,10 +56,12 @@ class HookCallback(HookHolder, TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._handle: hooks.Handle | None = None
         self._step = 0
+        # where no optimizer is named
+        self._parameters: list[torch.Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # settings and progress, without the hooks on the optimizer
-        return self.__dict__ | {"_handle": None}
+        return self.__dict__ | {"_handle": None, "_parameters": []}
 
     def add_to(self, trainer: Any) -> HookCallback:
         """Make this the first callback of a Trainer, so that its metrics are in the logs when the reporters read them."""
@@ -77,10 +79,11 @@ class HookCallback(HookHolder, TrainerCallback):
         self._remove()  # a training that an error has ended left it
         self.history.clear()
         self.hook.load_state_dict(self._saved(args, state) or {"step": state.global_step})
+        self.hook.shows_bars = not getattr(args, "disable_tqdm", False)
         if optimizer is not None:
             self._handle = self.hook.attach(model, optimizer)
         else:
-            self.hook.training = True
+            self.hook.training, self._parameters = True, list(model.parameters())
             self.hook.start(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,7 +91,7 @@ class HookCallback(HookHolder, TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._handle is None:
-            self.hook.before_step()
+            self.hook.before_step(self._parameters)
 
     # before the global step is counted, logged and saved
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -97,12 +100,23 @@ class HookCallback(HookHolder, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # not for a step that loss scaling has skipped
-        acted = self.hook.step > self._step and self.hook.step % self.hook.every == 0
+        acted = self.hook.acted_after > self._step
         if acted and (measured := self.hook.metrics()):
             self.history.append({"step": state.global_step} | measured)
-        # with every > 1 the hook may not have acted after the last steps; before the last checkpoint
-        if self.hook.every > 1 and (control.should_training_stop or state.global_step >= state.max_steps):
+        # the hook may not have acted after the last steps; before the last checkpoint
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        if (is_last and self.hook.every != 1) or self._is_due(control):
             self.hook.finish()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_due(control):
+            self.hook.finish()
+
+    # `on_evaluate` and `on_save` come afterwards: what is about to happen stands in the flags, of which the Trainer's own are set
+    # before any callback of the user's is called
+    def _is_due(self, control: Any) -> bool:
+        """Whether an evaluation or a checkpoint comes next, for which the hook is to bring weights in order."""
+        return self.hook.finishes_between and self.hook.every != 1 and (control.should_evaluate or control.should_save)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.history and "loss" in logs:
@@ -130,7 +144,7 @@ class HookCallback(HookHolder, TrainerCallback):
         return None
 
     def _file(self, args: Any, state: Any) -> Path:
-        name = f"spectral_hooks-{crc32(repr(self).encode()):08x}.pt"
+        name = f"spectral_hooks-{crc32(self.key.encode()):08x}.pt"
         return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
 
     def _remove(self) -> None:
@@ -179,9 +193,9 @@ class SpectralClip(HookCallback):
         super().__init__(hooks.SpectralClip(max_norm, split=None if isinstance(split, (bool, str)) else split, **options))
         self.split = split
 
-    def __repr__(self) -> str:
+    def shown(self, hook: str) -> str:
         fused = f", split={self.split!r})" if self.split in (True, "heads") else ")"
-        return super().__repr__().removesuffix(")") + fused
+        return super().shown(hook).removesuffix(")") + fused
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         given = self.hook.split

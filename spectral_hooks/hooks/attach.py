@@ -177,7 +177,7 @@ class _Installed:
         # a compiled optimizer step must not trace into what the hook does; a compiled model in a closure stays compiled
         @torch.compiler.disable
         def ready() -> None:
-            self.handle.hook.before_step()
+            self.handle.hook.before_step(optimizers.parameters_of([level]))
 
         def closed(closure: Callable[[], Any]) -> Any:
             result = closure()
@@ -219,7 +219,7 @@ class _Installed:
 
     @torch.compiler.disable
     def _around_bottom(self, level: Any, call: Callable[[], Any]) -> Any:
-        self.handle.hook.before_step()
+        self.handle.hook.before_step(optimizers.parameters_of([level]))
         result = call()
         self._after(level)
         return result

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,7 +19,9 @@ from ..weights.targets import AnyTarget
 from . import settings
 from .attach import Handle, attach
 from .free import warn_of_free_weights
+from .pace import AUTO, Pace, check_every, warn_of_cost
 from .report import Row, report
+from .share import from_first, is_first
 
 _log = logging.getLogger(__name__)
 
@@ -38,38 +40,59 @@ class Hook:
         layers: which layers, as glob on qualified names, type, predicate of `(name, layer)` or of the layer, or a list of these;
             None for all that are supported.
         exclude: which of them to leave out.
-        every: act after every so many optimizer steps.
+        every: act after every so many optimizer steps; "auto" finds a number for which that takes at most a tenth of the time of
+            training, once, from the times of the first steps (see `period`). Then `finish` is due before each evaluation and
+            checkpoint too. With torch.distributed the first process decides, so all must attach the hook.
         split, lora: as for `weights.selection.select`: fused projections in parts, and how LoRA adapters count.
         log: whether to measure what `metrics` tells.
 
     Attributes:
         step: optimizer steps seen, of all optimizers together; those within one backward pass are one.
+        acted_after: the last step that it has acted after.
+        period: every how many steps it acts: `every`, or of "auto" what was found, and until then what is tried.
         training: whether frozen weights are left as they are. `attach` sets it, and so do the callbacks for frameworks.
+        shows_bars: whether what takes long may show a progress bar. Callbacks for frameworks set it.
         selection: the weights that were chosen at the start, and the reasons for all others.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
     """
 
-    def __init__(self, *, layers: Patterns, exclude: Patterns, every: int, split: Split, lora: str, log: bool) -> None:
+    def __init__(
+        self, *, layers: Patterns, exclude: Patterns, every: int | Literal["auto"], split: Split, lora: str, log: bool
+    ) -> None:
         self.layers = check_patterns("layers", layers)
         self.exclude = check_patterns("exclude", exclude)
-        check_count("every", every)
         check_split(split)
         check_lora(lora)
         check_flag("log", log)
-        self.every, self.split, self.lora, self.log = int(every), split, lora, bool(log)
-        self.step = 0
-        self.training = False
+        self.every, self.split, self.lora, self.log = check_every(every), split, lora, bool(log)
+        self.step = self.acted_after = 0
+        self.training, self.shows_bars = False, True
         self.selection = Selection()
         self._resumed = False
         self.handle: Handle | None = None
+        self._pace: Pace | None = None
+        self._set_pace()
         # what was stepped in the present update, by backward passes; and when each weight was last acted on
         self._round: set[int] = set()
         self._acted_at: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(settings.changed(self, self.shown_setting))})"
+        return self._shown(f" ({self.period})" if self.every == AUTO and self._pace is None else "")
+
+    @property
+    def key(self) -> str:
+        """The settings as a text, the same in every process and at every step: checkpoints know a hook by it."""
+        return self._shown()
+
+    def _shown(self, found: str = "") -> str:
+        """The settings; behind `every` what was found of it."""
+
+        def shown(name: str, value: Any) -> str:
+            return self.shown_setting(name, value) + (found if name == "every" and value == AUTO else "")
+
+        return f"{type(self).__name__}({', '.join(settings.changed(self, shown))})"
 
     def shown_setting(self, name: str, value: Any) -> str:
         """How `repr` shows the value of a setting."""
@@ -77,7 +100,8 @@ class Hook:
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles carry the settings, not the model that the original works on
-        return {**self.__dict__, "selection": Selection(), "handle": None, "_round": set(), "_acted_at": {}}
+        pace = None if self._pace is None else Pace(self.every)
+        return {**self.__dict__, "selection": Selection(), "handle": None, "_round": set(), "_acted_at": {}, "_pace": pace}
 
     # -- what a hook does -------------------------------------------------------------------------------------------------
 
@@ -172,14 +196,17 @@ class Hook:
         warn_of_free_weights(type(self).__name__, self.selection, self.training)
         if not self._resumed:
             self.forget()
-        self._round, self._acted_at = set(), {}
+            self._set_pace()
+        self._round, self._acted_at, self.acted_after = set(), {}, self.step
         self.acted(self.targets)
-        if not self._resumed or self.step % self.every == 0:
+        if not self._resumed or self.step % self.period == 0:
             self.begin()
         self._resumed = False
+        if self._pace is not None:
+            self._pace.start(p.device for target in self.targets for p in target.parameters())
 
-    def before_step(self) -> None:
-        """Gradients are complete; an optimizer is about to step."""
+    def before_step(self, parameters: Collection[Tensor]) -> None:
+        """Gradients are complete; an optimizer is about to step these parameters, and no others."""
 
     def after_step(self, stepped: Collection[Tensor] | None = None) -> None:
         """Count the step and act when it is due: once per update, not per micro-batch, and not for a step that was skipped.
@@ -189,11 +216,16 @@ class Hook:
                 may still need it. They count as one step until one of these parameters is stepped again; every weight is acted on
                 once in `every` of them.
         """
-        if stepped is None:
-            self.step, self._round = self.step + 1, set()
-            if self.step % self.every == 0:
-                self._act(self.targets)
-            return
+        with self._timed():
+            if stepped is None:
+                self.step, self._round = self.step + 1, set()
+                if self.step % self.period == 0:
+                    self._act(self.targets)
+            else:
+                self._after_some(stepped)
+
+    def _after_some(self, stepped: Collection[Tensor]) -> None:
+        """Of a step that is made in parts, these were stepped."""
         moved = {id(p) for p in stepped}
         if not self._round or self._round & moved:
             self.step, self._round = self.step + 1, set()
@@ -201,7 +233,7 @@ class Hook:
         due = [
             target
             for target in self.targets
-            if self.step // self.every > self._acted_at.get(target.name, 0) // self.every
+            if self.step // self.period > self._acted_at.get(target.name, 0) // self.period
             and any(id(p) in moved for p in target.parameters())
         ]
         if due:
@@ -209,28 +241,63 @@ class Hook:
 
     def rewritten(self) -> None:
         """Weights were replaced after a step that was counted: by an average, by slow weights, or back. Act again if due."""
-        if self.step % self.every == 0:
-            self._act(self.targets)
+        with self._timed():
+            if self.step % self.period == 0:
+                self._act(self.targets)
 
     def _act(self, targets: list[AnyTarget], stepped: set[int] | None = None) -> None:
         # looked at anew each time: layers may be frozen and thawed
         targets = [target for target in targets if self.acts_on(target)]
         self.act(targets, stepped)
         self.acted(targets)
+        self.acted_after = self.step
 
     def acted(self, targets: list[AnyTarget]) -> None:
         """Remember that the hook has acted on these at this step."""
         self._acted_at.update(dict.fromkeys((target.name for target in targets), self.step))
 
+    # -- every how many steps -------------------------------------------------------------------------------------------------
+
+    @property
+    def finishes_between(self) -> bool:
+        """Whether `finish` is due before each evaluation and checkpoint, and not only at the end.
+
+        With a number above 1 it is not: training would depend on when it is evaluated and saved.
+        """
+        return self.every in (1, AUTO)
+
+    def _set_pace(self, found: int | None = None) -> None:
+        """As the setting says; of "auto" as was found, or to be found out from now on."""
+        pace = Pace(self.every)
+        self.period, self._pace = (found, None) if self.every == AUTO and found else (pace.period, pace)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Have what is done be timed, as long as anybody looks at the clock; and go by what the first steps have taken."""
+        pace, before = self._pace, self.step
+        if pace is not None:
+            pace.enter()
+        yield
+        figures = None if pace is None else pace.leave(is_new=self.step > before)
+        if pace is None or figures is None:
+            return
+        is_last = pace.look(from_first(figures.fits) if self.every == AUTO else self.period)
+        self.period, self._pace = pace.period, None if is_last else pace
+        if self.every != AUTO and is_first():
+            warn_of_cost(self, figures, self.period)
+        elif is_last:
+            _log.info("%r: acting takes %.3g s, a step of training %.3g s.", self, figures.acting, figures.training)
+
     # -- resuming ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on like an uninterrupted one."""
-        return {"step": self.step}
+        return {"step": self.step} | ({"every": self.period} if self.every == AUTO and self._pace is None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; call it before the hook is attached."""
         self.step = state["step"]
+        self._set_pace(state.get("every"))
         self._resumed = True
 
     # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .atomic import write_all_
 from .base import FROZEN, Hook, check_count, check_flag
 from .iterates import project_iterates
 from .keep import keep_inside
+from .pace import AUTO
 from .progress import shown
 from .report import Row
 from .share import shared
@@ -58,7 +59,10 @@ class SpectralClip(Hook):
         layers: which layers, as glob on qualified names, type, predicate of `(name, layer)` or of the layer, or a list of these;
             None for all that are supported.
         exclude: which of them to leave out.
-        every: project after every so many optimizer steps; between, the weights may leave the ball.
+        every: project after every so many optimizer steps; between, the weights may leave the ball. "auto" finds a number, once
+            and from the times of the first steps, for which projections take at most a tenth of the time of training; it stands
+            in `repr`, in `state_dict()` and in the metrics. Frameworks' callbacks then also project before each evaluation and
+            checkpoint; in a loop of your own call `project()` there.
         rounds: quality of the projection of convolutions, see `projections.clip`.
         projection: a function `(operator, max_norm) -> weight`, or the name of one in `projections`. With those that do not
             guarantee the bound (see `repr`) the hook does not either.
@@ -111,7 +115,7 @@ class SpectralClip(Hook):
         *,
         layers: Patterns = None,
         exclude: Patterns = None,
-        every: int = 1,
+        every: int | Literal["auto"] = 1,
         rounds: int = 3,
         projection: str | Projection = "clip",
         slack: float | None = None,
@@ -267,7 +271,7 @@ class SpectralClip(Hook):
         kept = keep_inside([jobs[i] for i in together], self.bound, rounds=self.rounds, slack=slack)
         for i, job in zip(together, kept, strict=True):
             results[i] = job
-        for i in shown([i for i in doubtful if i not in set(together)], "projecting weights"):
+        for i in shown([i for i in doubtful if i not in set(together)], "projecting weights", self.shows_bars):
             with self.naming(jobs[i].whole.target.name):
                 if i in single:
                     (results[i],) = keep_inside([jobs[i]], self.bound, rounds=self.rounds, slack=slack)
@@ -311,11 +315,12 @@ class SpectralClip(Hook):
         return super().skipped | dict.fromkeys(frozen, FROZEN)
 
     def metrics(self) -> dict[str, float]:
-        """Of the last projection: the largest norm before it, to 1 %, and how many weights it changed."""
+        """Of the last projection: the largest norm before it, to 1 %, how many weights it changed, and the pace if "auto"."""
         if not self.log:
             return {}
         norm = {} if self.largest_norm is None else {"spectral_clip/norm_before": self.largest_norm}
-        return norm | {"spectral_clip/clipped": float(self.clipped)}
+        every = {"spectral_clip/every": float(self.period)} if self.every == AUTO else {}
+        return norm | {"spectral_clip/clipped": float(self.clipped)} | every
 
     def bound_of(self, target: AnyTarget) -> float:
         """The bound as it is now, of all weights."""

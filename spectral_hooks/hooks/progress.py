@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-import torch.distributed as dist
+from .share import is_first
 
 try:
     from tqdm.auto import tqdm
@@ -19,13 +19,13 @@ Item = TypeVar("Item")
 _DELAY = 2.0
 
 
-def shown(items: Sequence[Item], description: str) -> Iterable[Item]:
+def shown(items: Sequence[Item], description: str, wanted: bool = True) -> Iterable[Item]:
     """The items, with a bar once going through them has taken two seconds, if tqdm is installed.
 
     Only the first process of torch.distributed shows it. `TQDM_DISABLE=1`, or the logger `spectral_hooks` set above WARNING, turn
-    it off.
+    it off; and the hook whose bar is not `wanted`, for it works in a framework that was told to show none.
     """
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    if tqdm is None or not first or not logging.getLogger("spectral_hooks").isEnabledFor(logging.WARNING):
+    wanted = wanted and bool(items) and logging.getLogger("spectral_hooks").isEnabledFor(logging.WARNING)
+    if tqdm is None or not wanted or not is_first():
         return items
     return tqdm(items, desc=description, delay=_DELAY, leave=False)

@@ -10,6 +10,19 @@ import torch.distributed as dist
 from ..weights.targets import AnyTarget, Whole, WholeSum
 
 
+def is_first() -> bool:
+    """Whether this is the first process of torch.distributed, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def from_first(value: int) -> int:
+    """What the first process gives, on all of them; every process must call it."""
+    values = [value]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def shared(function: Callable[[Whole | WholeSum], Any], targets: Sequence[AnyTarget]) -> list[Any]:
     """`function` of every target's whole weight, each computed by one process, its owner, and sent to all.
 

@@ -51,7 +51,7 @@ class Known(NamedTuple):
     few: int | None = None
 
     def moved(self) -> Known:
-        """The same after a step that has not led outside."""
+        """The same after a step that has not led outside; to look again at what has not moved is no step."""
         return self._replace(age=self.age + 1)
 
 
@@ -159,7 +159,7 @@ def _judged_matrices(jobs: list[Job], max_norm: float) -> list[Job]:
         last = cast(Known, jobs[i].known)
         room = (max_norm - last.norm) / measure
         is_inside = far <= room and room >= 0
-        results[i] = replace(jobs[i], known=last.moved() if is_inside else last, far=far, is_inside=is_inside)
+        results[i] = replace(jobs[i], known=last.moved() if is_inside and far else last, far=far, is_inside=is_inside)
     fast = [(i, job) for i, job in enumerate(jobs) if cast(Known, job.known).few is not None]
     for (i, job), length in zip(fast, _sizes([job for _, job in fast], measure), strict=True):
         results[i] = replace(job, far=length + cast(Known, job.known).norm / measure)
@@ -226,7 +226,7 @@ def _judged(jobs: list[Job], kernels: Tensor, max_norm: float) -> list[Job]:
         last, far = cast(Known, job.known), phase * length
         room = (max_norm - last.norm) / measure / job.op.lattice_factor
         if room >= 0 and far <= room:  # also if neither is there; NaN compares as not inside
-            results.append(replace(job, known=last.moved(), is_inside=True))
+            results.append(replace(job, known=last.moved() if length else last, is_inside=True))
             continue
         if room > 0 and far < inf:
             shares[len(results)] = min(room, _UNFOLDING_SHARE * far)

@@ -33,7 +33,7 @@ class Recorder(Hook):
     def begin(self) -> None:
         self.events.append("begin")
 
-    def before_step(self) -> None:
+    def before_step(self, parameters) -> None:
         self.events.append("before")
 
     def act(self, targets, stepped) -> None:
@@ -140,7 +140,7 @@ def test_numpy_numbers_are_numbers() -> None:
         ({"exclude": ["a", 1.0]}, TypeError, r"`exclude` takes globs.*got 1\.0"),
         ({"distribute": "yes"}, ValueError, "`distribute` must be True or False; got 'yes'"),
         ({"log": None}, ValueError, "`log` must be True or False; got None"),
-        ({"every": 2.0}, ValueError, r"`every` must be a positive int; got 2\.0"),
+        ({"every": 2.0}, ValueError, r"`every` must be a positive int or 'auto'; got 2\.0"),
         ({"slack": "0"}, ValueError, "`slack`"),
     ],
 )
@@ -170,6 +170,55 @@ def test_a_hook_of_ones_own_hears_every_event() -> None:
     assert hook.skipped["3"].startswith("frozen")
     with pytest.raises(ValueError, match=r"^layer 3, after step 6: no$"), hook.naming("3"):
         raise ValueError("no")
+
+
+class Pull(Hook):
+    """A penalty of half the squares of all weights: it adds `factor · W` to the gradient of what is about to be stepped."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(layers=None, exclude=None, every=1, split=None, lora="merged", log=False)
+        self.factor = factor
+
+    def before_step(self, parameters) -> None:
+        for target in self.targets:
+            for weight in target.parameters():
+                if any(weight is p for p in parameters):
+                    weight.grad.add_(weight.detach(), alpha=self.factor)
+
+
+class Bare:
+    """An optimizer that knows nothing of torch's hooks."""
+
+    def __init__(self, parameters, lr: float, weight_decay: float) -> None:
+        self.param_groups = [{"params": list(parameters), "lr": lr, "weight_decay": weight_decay}]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * (p.grad + group["weight_decay"] * p)
+
+
+@pytest.mark.parametrize(("kind", "closure"), [(torch.optim.SGD, False), (torch.optim.SGD, True), (Bare, False)])
+def test_a_penalty_is_added_once_whatever_the_number_of_optimizers(kind, closure: bool) -> None:
+    """Each step is of one optimizer's parameters: the penalty is then weight decay."""
+    found = []
+    for factor, decay in ((0.3, 0.0), (0.0, 0.3)):
+        model = network()
+        parts = [model[:2], model[3], model[4]]
+        optimizers = [kind([layer.weight for layer in part.modules() if hasattr(layer, "weight")], lr=0.1, weight_decay=decay)
+                      for part in parts]  # fmt: skip
+        with Pull(factor).attach(model, optimizers):
+            for seed in range(3):
+                torch.manual_seed(seed)
+                model.zero_grad()
+                model(torch.randn(2, 3, 6, 6)).square().mean().backward()
+                for optimizer in optimizers:
+                    optimizer.step(lambda: None) if closure else optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    for pulled, decayed in zip(*found, strict=True):
+        torch.testing.assert_close(pulled, decayed, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(found[0][0], network()[0].weight)
 
 
 def test_a_hook_of_ones_own_resumes_where_it_was() -> None:
@@ -267,8 +316,10 @@ def test_a_weight_that_is_outside_is_gathered_once_a_step(monkeypatch: pytest.Mo
 
 
 def test_a_step_with_weights_inside_passes_through_nine_files() -> None:
-    """Of the package: a hook that projects nothing is read from a few of them."""
+    """Of the package, once the first steps were timed: a hook that projects nothing is read from a few of them."""
     _, _, hook = attached(20.0)
+    for _ in range(20):
+        hook.after_step()
     package, files = str(Path(sh.__file__).parent), set()
 
     def watch(frame, event: str, argument: object) -> None:

@@ -7,6 +7,8 @@ import os
 import tempfile
 import time
 from datetime import timedelta
+from functools import partial
+from itertools import accumulate, cycle
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from cases import free_port, shards_on_cpu
 from torch import Tensor, nn
 
 import spectral_hooks as sh
+from spectral_hooks.hooks import base, pace
+from spectral_hooks.hooks.pace import Pace
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -84,6 +88,26 @@ def test_two_processes_as_one(kind: str, distribute: bool) -> None:
     for here, there, one in zip(*ours, whole(alone), strict=True):
         assert torch.equal(here, there)
         torch.testing.assert_close(here, one, rtol=1e-6, atol=1e-6)
+
+
+def find_a_pace(rank: int, port: int, folder: str) -> None:
+    """What acting takes differs between the processes, and the first one's is what counts."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    times = accumulate(cycle((1.0, (0.3, 40.0)[rank])))
+    base.Pace, pace._SLOWEST_TRIED = partial(Pace, clock=lambda: next(times)), 1
+    hook = sh.SpectralClip(1.0, every="auto")
+    hook.start(nn.Linear(3, 3))
+    for _ in range(10):
+        hook.after_step()
+    Path(folder, f"{rank}").write_text(repr(hook))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_processes_act_at_the_pace_that_the_first_has_found() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(find_a_pace, args=(free_port(), folder), nprocs=2)
+        assert {Path(folder, f"{rank}").read_text() for rank in range(2)} == {"SpectralClip(1.0, every='auto' (3))"}
 
 
 def run_until_one_dies(rank: int, port: int, folder: str) -> None:

@@ -134,7 +134,7 @@ def test_before_step_comes_when_a_closure_has_made_the_gradients(kind, by_name) 
     layer, x, seen, calls = torch.nn.Linear(3, 3), torch.randn(5, 3), [], []
 
     class Sees(sh.SpectralClip):
-        def before_step(self) -> None:
+        def before_step(self, parameters) -> None:
             seen.append(layer.weight.grad.clone())
             layer.weight.grad.zero_()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import pickle
 import warnings
 from collections import defaultdict
@@ -655,21 +654,6 @@ def test_a_warning_where_weights_moved_and_no_step_was_seen() -> None:
     with hook.attach(model, optimizer):
         optimizer.step()
         duplicate.step()
-
-
-def test_a_bar_for_projections_that_take_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    pytest.importorskip("tqdm")
-    from spectral_hooks.hooks import progress
-
-    logger, items = logging.getLogger("spectral_hooks"), [3, 1, 2]
-    for delay, level, bar in ((1e6, logging.NOTSET, False), (0, logging.NOTSET, True), (0, logging.ERROR, False)):
-        monkeypatch.setattr(progress, "_DELAY", delay)
-        monkeypatch.setattr(logger, "level", level)
-        logger.manager._clear_cache()
-        assert list(progress.shown(items, "projecting weights")) == items
-        assert ("projecting weights" in capsys.readouterr().err) == bar
-    monkeypatch.setattr(progress, "tqdm", None)
-    assert progress.shown(items, "projecting weights") is items
 
 
 def test_removed_handles_leave_nothing_on_the_optimizer() -> None:

@@ -33,10 +33,12 @@ class Counting(Hook):
     def begin(self) -> None:
         self.events.append("begin")
 
-    def before_step(self) -> None:
+    def before_step(self, parameters) -> None:
         self.events.append("before")
         for target in self.targets:
             for weight in target.leaves():
+                if not any(weight is p for p in parameters):
+                    continue
                 assert weight.grad is not None, target.name
                 weight.grad.add_(weight.detach(), alpha=self.pull)
 

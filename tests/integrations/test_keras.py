@@ -28,6 +28,7 @@ if keras.config.backend() != "torch":
     pytest.skip(f"Keras was imported before with the backend {keras.config.backend()!r}", allow_module_level=True)
 
 import spectral_hooks as sh  # noqa: E402
+from spectral_hooks.hooks import pace  # noqa: E402
 from spectral_hooks.integrations.keras import (  # noqa: E402
     HookCallback,
     Kernel,
@@ -497,6 +498,20 @@ def test_every() -> None:
     assert largest_norm(clip.model) <= CLOSE, "what fit leaves"
 
 
+def test_a_pace_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the history; and what is validated, and stands at the end of an epoch, is inside whatever the number."""
+    monkeypatch.setattr(pace, "_SLOWEST_TRIED", 1)  # it is not tried out for long
+    clip, watch = SpectralClipCallback(1.0, every="auto", log=True), Watch("on_test_batch_begin", "on_epoch_end")
+    history = fit(compiled(small()), clip, watch, epochs=12, validation_data=(X[:4], Y[:4])).history
+    assert clip.hook.step >= 66
+    assert repr(clip) == f"SpectralClipCallback(1.0, every='auto' ({clip.hook.period}), log=True)"
+    assert history["spectral_clip/every"][-1] == clip.hook.period
+    for norms in watch.norms.values():
+        assert len(norms) == 12
+        assert max(norms) <= CLOSE
+    assert largest_norm(clip.model) <= CLOSE
+
+
 def test_options_of_the_hook() -> None:
     """Another projection, and a bound that changes with the steps."""
     schedule = {0: 2.0, 1: 1.5, 2: 1.0}
@@ -963,6 +978,24 @@ def test_any_hook_gets_every_event() -> None:
     # epochs begin and end, validation begins, training ends
     assert every.events.count("finish") == 4
     assert repr(HookCallback(hook)) == "HookCallback(Counting(0.0, layers=[Dense, 'conv'], every=2, log=True))"
+
+
+def test_each_optimizer_gets_what_a_hook_adds_once() -> None:
+    """Of its own variables, and no others."""
+    seen: list[set[str]] = []
+
+    class Sees(Counting):
+        def before_step(self, parameters: Any) -> None:
+            super().before_step(parameters)
+            seen.append({target.name for target in self.targets if any(p is parameters[0] for p in target.leaves())})
+            assert len(parameters) == 1
+
+    flat = X.reshape(len(X), -1)
+    model = TwoOptimizers()
+    model(flat)
+    model.compile()
+    model.fit(flat, Y, batch_size=BATCH, verbose=0, shuffle=False, callbacks=[HookCallback(Sees())])
+    assert seen == [{"body"}, {"head"}] * (len(X) // BATCH)
 
 
 @pytest.mark.parametrize("accumulation", [None, 3])

@@ -7,8 +7,9 @@ import csv
 import pickle
 import typing
 import warnings
+from collections.abc import Callable
 from functools import partial
-from itertools import product
+from itertools import accumulate, cycle, product
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import spectral_hooks as sh  # noqa: E402
+from spectral_hooks.hooks import base, pace, progress  # noqa: E402
+from spectral_hooks.hooks.pace import Pace  # noqa: E402
 from spectral_hooks.integrations.lightning import HookCallback, SpectralClip  # noqa: E402
 from spectral_hooks.integrations.shared import ClipOptions  # noqa: E402
 
@@ -335,6 +338,69 @@ def test_last_checkpoint_of_a_fit_with_every_is_inside(tmp_path) -> None:
     # older versions write it before the training ends
     if "on_train_end" in vars(ModelCheckpoint):
         assert max(norms.values()) <= 1 + TOLERANCE
+
+
+class AtValidation(lightning.Callback):
+    """The largest norm at every batch of validation; listed last."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        if not trainer.sanity_checking:
+            self.norms.append(largest_norm(pl_module))
+
+
+def ticking(training: float, acting: float) -> Callable[[], float]:
+    """A clock that is read where a hook is called and where it returns, in turn."""
+    times = accumulate(cycle((training, acting)))
+    return lambda: next(times)
+
+
+def paced(folder: Path, *callbacks: lightning.Callback, epochs: int, resume: Path | None = None) -> nn.Module:
+    """Sixteen steps an epoch, validated after every fifth of it and saved after every seventh of all."""
+    saved = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+    trainer = trainer_of(*callbacks, saved, max_epochs=epochs, enable_checkpointing=True, val_check_interval=5)
+    trainer.fit(model := WithMomentum(), data(batches=16, same=True), data(batches=2), ckpt_path=resume)
+    return model
+
+
+def test_the_pace_is_found_and_what_is_validated_or_saved_is_inside(tmp_path, monkeypatch) -> None:
+    """Whatever the number is, by the clock on the wall: it stands in the checkpoints, and a resumed run goes on with it."""
+    monkeypatch.setattr(pace, "_SLOWEST_TRIED", 1)  # it is not tried out for long, so that 64 steps are enough
+    clip, seen = SpectralClip(1.0, every="auto", log=True), AtValidation()
+    model = paced(tmp_path, clip, seen, epochs=4)
+    number = clip.hook.period
+    assert repr(clip) == f"SpectralClip(1.0, every='auto' ({number}), log=True)"
+    assert clip.state_key == "SpectralClip(1.0, every='auto', log=True)"
+    assert len(seen.norms) == 4 * 3 * 2
+    assert max(seen.norms) <= 1 + TOLERANCE
+    assert len(norms := norms_in_checkpoints(tmp_path)) == 9
+    assert max(norms.values()) <= 1 + TOLERANCE
+    assert largest_norm(model) <= 1 + TOLERANCE
+    states = {n: torch.load(tmp_path / f"step={n}.ckpt", weights_only=False)["callbacks"][clip.state_key] for n in (7, 63)}
+    assert "every" not in states[7]
+    assert states[63]["every"] == number
+    again = SpectralClip(1.0, every="auto", log=True)
+    paced(tmp_path, again, epochs=4, resume=tmp_path / "step=63.ckpt")
+    assert again.hook.period == number
+
+
+@pytest.mark.parametrize("step", [21, 28])
+def test_a_run_resumed_at_the_pace_that_was_found_equals_an_uninterrupted_one(step, tmp_path, monkeypatch) -> None:
+    """By a clock for which acting takes three tenths of a step: what saving projects is in the checkpoint as it was left."""
+    monkeypatch.setattr(pace, "_SLOWEST_TRIED", 1)
+    monkeypatch.setattr(base, "Pace", partial(Pace, clock=ticking(1.0, 0.3)))
+    clip, watch = SpectralClip(1.0, every="auto"), Watch()
+    whole = paced(tmp_path, clip, watch, epochs=2)
+    assert clip.hook.period == 3
+    assert max(watch.norms[12:]) > 1 + TOLERANCE, "between two projections weights are outside"
+    again = SpectralClip(1.0, every="auto")
+    resumed = paced(tmp_path, again, epochs=2, resume=tmp_path / f"step={step}.ckpt")
+    if again.hook.step > 32:
+        pytest.skip("this version of Lightning trains again on the batch before the checkpoint")
+    assert again.hook.period == 3
+    assert same_weights(whole, resumed)
 
 
 def test_a_fit_without_steps_is_no_error() -> None:
@@ -770,10 +836,17 @@ def test_a_hook_that_acts_at_every_step_is_asked_wherever_others_change_weights(
     hook = Counting()
     trainer = trainer_of(HookCallback(hook), checkpoints(tmp_path), max_epochs=2, enable_checkpointing=True)
     trainer.fit(Module(), data(), data(batches=1))
-    # sanity check; per epoch validation, its end and 4 checkpoints; the end of training and of the fit
-    assert hook.events.count("finish") == 2 * (1 + 1 + 4) + 2
+    # per epoch its end, the beginning and the end of validation, and 4 checkpoints; the end of training and of the fit
+    assert hook.events.count("finish") == 2 * (1 + 2 + 4) + 2
     assert "net.1" in HookCallback(hook).skipped
     assert "net.1" in HookCallback(hook).report()
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_trainer_without_bars_shows_none_of_ours(shows, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    fit(Module(), SpectralClip(1.0), loader=data(batches=1), max_epochs=1, enable_progress_bar=shows)
+    assert ("projecting weights" in capsys.readouterr().err) == (shows and progress.tqdm is not None)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------------

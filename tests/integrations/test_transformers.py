@@ -33,6 +33,7 @@ from transformers import (  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import spectral_hooks as sh  # noqa: E402
+from spectral_hooks.hooks import pace, progress  # noqa: E402
 from spectral_hooks.integrations.transformers import HookCallback, SpectralClip  # noqa: E402
 from spectral_hooks.weights.selection import select  # noqa: E402
 
@@ -226,6 +227,48 @@ def test_a_best_checkpoint_loaded_at_the_end_is_inside(tmp_path) -> None:
     assert trainer.state.best_model_checkpoint != str(tmp_path / "checkpoint-4")
     assert largest_norm(GPT2LMHeadModel.from_pretrained(trainer.state.best_model_checkpoint)) > 1 + TOLERANCE
     assert largest_norm(model) <= 1 + TOLERANCE
+
+
+class AtEvaluation(TrainerCallback):
+    """The largest norm at every batch of evaluation, and at every checkpoint when it is written."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.norms.append(largest_norm(model))
+
+    on_save = on_prediction_step
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_pace_is_found_and_what_is_evaluated_or_saved_is_inside(strategy, tmp_path, monkeypatch) -> None:
+    """Whatever the number is, by the clock on the wall: it stands in the checkpoints, and a resumed run goes on with it."""
+    monkeypatch.setattr(pace, "_SLOWEST_TRIED", 1)  # it is not tried out for long, so that 64 steps are enough
+    settings = {"max_steps": 66, "eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 11, "save_steps": 13}
+    settings |= {
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 0.05,
+    }
+    clip, seen, model = SpectralClip(1.0, every="auto", log=True), AtEvaluation(), gpt2()
+    _, watch = train(model, tmp_path, clip, seen, **settings)
+    number = clip.hook.period
+    assert repr(clip) == f"SpectralClip(1.0, every='auto' ({number}), log=True)"
+    assert clip.history[-1]["spectral_clip/every"] == number
+    assert len(seen.norms) >= 2 * 6
+    assert max(seen.norms) <= 1 + TOLERANCE
+    assert number == 1 or max(watch.norms) > 1 + TOLERANCE, "between two projections weights are outside"
+    assert largest_norm(model) <= 1 + TOLERANCE
+    assert largest_norm(GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-66")) <= 1 + TOLERANCE
+    late = 65 if strategy == "steps" else 64
+    (state,) = (tmp_path / f"checkpoint-{late}").glob("spectral_hooks-*.pt")
+    assert torch.load(state, weights_only=True)["every"] == number
+    again, resumed = SpectralClip(1.0, every="auto", log=True), gpt2()
+    train(resumed, tmp_path, again, resume=str(tmp_path / f"checkpoint-{late}"), **settings)
+    assert again.hook.period == number
+    assert same_weights(resumed, model)
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------------
@@ -759,6 +802,13 @@ def test_what_a_hook_adds_to_gradients_reaches_the_optimizer(settings, tmp_path)
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     weight, other = (models[name].transformer.h[0].mlp.c_fc.weight for name in ("pulled", "plain"))
     assert (weight - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_trainer_without_bars_shows_none_of_ours(shows, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    train(gpt2(), tmp_path, SpectralClip(1.0), max_steps=1, save_strategy="no", disable_tqdm=not shows)
+    assert ("projecting weights" in capsys.readouterr().err) == (shows and progress.tqdm is not None)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------------
