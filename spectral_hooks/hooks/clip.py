@@ -24,6 +24,7 @@ from ..weights.targets import AnyTarget, Whole, WholeSum
 from . import normalizations, settings, sizes
 from .atomic import write_all_
 from .base import FROZEN, Hook, check_count, check_flag
+from .capped import Capping, is_coupled
 from .iterates import project_iterates
 from .keep import keep_inside
 from .pace import AUTO
@@ -138,12 +139,14 @@ class SpectralClip(Hook):
         self.batch_norm = batch_norm
         self.distribute = bool(distribute)
         self.example = example
-        self.clipped = 0
         self.largest_norm: float | None = None
         self._normalizations: dict[str, nn.Module] = {}
         # of the weights, and of what optimizers keep apart from them: their average "x" and their fast iterate "z"
         self._known: dict[str, dict[str, Known]] = {}
         self._sizes: dict[str, Sizes] = {}
+        self._capping = Capping()
+        # on the device, as long as nobody asks for it
+        self._clipped: int | Tensor = 0
 
     def shown_setting(self, name: str, value: Any) -> str:
         """How `repr` shows the value of a setting."""
@@ -152,13 +155,19 @@ class SpectralClip(Hook):
         if name != "projection":
             return super().shown_setting(name, value)
         projection = projections.named(value)
-        kept = "guarantees" if projection in projections.GUARANTEED else "does not guarantee"
+        kept = "guarantees" if projections.guarantees(projection) else "does not guarantee"
         return f"{settings.text(projection)} ({kept} the bound)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_normalizations": {}, "_known": {}, "example": sizes.without_values(self.example)}
+        left_out = {"_normalizations": {}, "_known": {}, "_capping": Capping(), "example": sizes.without_values(self.example)}
+        return super().__getstate__() | left_out
 
     # -- what it does -----------------------------------------------------------------------------------------------------
+
+    @property
+    def clipped(self) -> int:
+        """How many weights the last projection changed."""
+        return int(self._clipped)
 
     @property
     def bound(self) -> float:
@@ -174,7 +183,7 @@ class SpectralClip(Hook):
 
     def forget(self) -> None:
         """What is known is of other weights."""
-        self._known = {}
+        self._known, self._capping = {}, Capping()
 
     def begin(self) -> None:
         """Project every selected weight that is outside."""
@@ -188,6 +197,7 @@ class SpectralClip(Hook):
         """Project every selected weight that is outside now. All results are computed before the first weight is written."""
         targets = [target for target in self.targets if self.acts_on(target)]
         self._project(targets, self._normalizations, slack=0)
+        self._capping.check(self.naming)
         self.acted(targets)
 
     def act(self, targets: list[AnyTarget], stepped: set[int] | None) -> None:
@@ -210,11 +220,13 @@ class SpectralClip(Hook):
             parameters += [p for layer in chosen.values() for p in layer.parameters()]
 
             def project(which: str) -> int:
-                return self._project_weights(targets, chosen, slack, which, follow=False)
+                return int(self._project_weights(targets, chosen, slack, which, follow=False))
 
             clipped, measures = project_iterates(averages, parameters, project, handle.copies), False
         which = "x" if handle is not None and handle.averaging and handle.evaluates else ""
-        self.clipped = max(self._project_weights(targets, chosen, slack, which, measures=measures), clipped)
+        self._clipped = self._project_weights(targets, chosen, slack, which, measures=measures)
+        if averages:
+            self._clipped = max(self.clipped, clipped)
 
     def _project_weights(
         self,
@@ -225,36 +237,43 @@ class SpectralClip(Hook):
         *,
         follow: bool = True,
         measures: bool = False,
-    ) -> int:
+    ) -> int | Tensor:
         """Project what stands in the place of the weights, and what equals it elsewhere if that is to `follow`: how many."""
-        known = self._known.setdefault(which, {})
+        self._capping.uncertain, self._capping.acted = 0, 0
         if self.distribute:
             if measures:
                 self._measure(target.gathered() for target in targets)
-            changes = shared(lambda whole: self._settled([whole], known, slack)[0], targets)
+            changes = shared(lambda whole: self._settled([whole], which, slack)[0], targets)
         else:
             wholes = [target.gathered() for target in targets]
             if measures:
                 self._measure(wholes)
-            changes = self._settled(wholes, known, slack)
+            changes = self._settled(wholes, which, slack)
         gains = normalizations.clipped_gains(chosen, self.bound, self.naming) if chosen else []
         changed = [(target, change) for target, change in zip(targets, changes, strict=True) if change is not None]
         if changed:
             copies = self.handle.copies if follow and self.handle is not None else None
-            bound = self.bound if self.projection in projections.GUARANTEED else None
+            bound = self.bound if projections.guarantees(self.projection) else None
             write_all_(changed, bound, copies, self.naming)
         for layer, gamma in gains:
             write_gain_(layer, gamma)
-        return len(changed) + len(gains)
+        return len(changed) + len(gains) - self._capping.uncertain + self._capping.acted
 
-    def _settled(self, wholes: list[Whole | WholeSum], known: dict[str, Known], slack: float | None) -> list[Any]:
-        """What is to be written so that each is inside the ball, None for those that are there already; `known` is brought up."""
+    def _settled(self, wholes: list[Whole | WholeSum], which: str, slack: float | None) -> list[Any]:
+        """What is to be written so that each is inside the ball, None for those that are known to be there; brings `_known` up."""
+        known = self._known.setdefault(which, {})
         jobs = [Job(whole, known.get(whole.target.name) if whole.is_single else None) for whole in wholes]
-        if self.projection is projections.clip:
-            jobs = still_inside(jobs, self.bound)
-        if not all(job.is_inside for job in jobs):
-            jobs = self._brought_inside(jobs, slack)
-        known.update((job.whole.target.name, job.known) for job in jobs if job.known is not None)
+        coupled = [i for i, job in enumerate(jobs) if self.projection is projections.soft_cap and is_coupled(job)]
+        capped = self._capping.kept([jobs[i] for i in coupled], self.bound, which, self.naming, waits=self.distribute)
+        others = [i for i in range(len(jobs)) if i not in set(coupled)]
+        kept = [jobs[i] for i in others]
+        if self.projection in (projections.clip, projections.soft_cap):
+            kept = still_inside(kept, self.bound)
+        if not all(job.is_inside for job in kept):
+            kept = self._brought_inside(kept, slack)
+        known.update((job.whole.target.name, job.known) for job in kept if job.known is not None)
+        for i, job in zip([*coupled, *others], [*capped, *kept], strict=True):
+            jobs[i] = job
         return [job.change for job in jobs]
 
     def _brought_inside(self, jobs: list[Job], slack: float | None) -> list[Job]:
@@ -276,8 +295,15 @@ class SpectralClip(Hook):
                 if i in single:
                     (results[i],) = keep_inside([jobs[i]], self.bound, rounds=self.rounds, slack=slack)
                 else:
-                    results[i] = replace(jobs[i], change=jobs[i].whole.inside(self._one, self.bound))
+                    results[i] = self._by_itself(jobs[i])
         return results
+
+    def _by_itself(self, job: Job) -> Job:
+        """The job with what its projection makes of it, and with what is then known of a weight that the bound is guaranteed for."""
+        change = job.whole.inside(self._one, self.bound)
+        if self.projection is projections.soft_cap and job.whole.is_plain:
+            return job.proven(self.bound) if change is None else job.changed(change, self.bound)
+        return replace(job, change=change)
 
     def _measure(self, wholes: Iterable[Whole | WholeSum]) -> None:
         operators = (op for whole in wholes for op in whole.operators)
@@ -296,7 +322,10 @@ class SpectralClip(Hook):
 
         Without `known`, which holds tensors, it goes on within `slack` of that.
         """
-        plain = {which: {name: tuple(now) for name, now in known.items()} for which, known in self._known.items()}
+        plain = {
+            which: {name: tuple(now) for name, now in (known | self._capping.saved(which)).items()}
+            for which, known in self._known.items()
+        }
         state = super().state_dict() | {"known": plain.pop("", {})}
         return state | ({"iterates": plain} if plain else {}) | ({"sizes": self._sizes} if self._sizes else {})
 
@@ -306,6 +335,7 @@ class SpectralClip(Hook):
         self._sizes = {name: tuple(map(tuple, each)) for name, each in state.get("sizes", {}).items()}
         saved = {"": state.get("known", {}), **state.get("iterates", {})}
         self._known = {which: {name: Known(*now) for name, now in known.items()} for which, known in saved.items()}
+        self._capping = Capping()
 
     # -- what it tells ----------------------------------------------------------------------------------------------------
 

@@ -18,3 +18,8 @@ def read(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = torch.cat([exact(x).to(place).flatten() for x in tensors]).to("cpu")
     parts = flat.split([x.numel() for x in tensors])
     return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def is_at_hand(x: Tensor) -> bool:
+    """Whether the host knows the values without waiting for a device."""
+    return x.device.type == "cpu"
