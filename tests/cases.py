@@ -392,6 +392,7 @@ PROJECTIONS: dict[str, Callable[[LinearOperator, float], Tensor]] = {
     "band-0": sh.projections.band,
     "polar": sh.projections.polar,
     "soft_cap": sh.projections.soft_cap,
+    "soft_cap-strength": partial(sh.projections.soft_cap, strength=0.1),
     "hammer": sh.projections.hammer,
     "clipped_decay": sh.projections.clipped_decay,
     "parseval": sh.projections.parseval,

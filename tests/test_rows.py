@@ -116,7 +116,7 @@ def test_a_bound_takes_a_layer(name: str) -> None:
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_a_projection_obeys_or_comes_nearer(name: str, every) -> None:
     project = PROJECTIONS[name]
-    guaranteed = name.partition("-")[0] in {function.__name__ for function in sh.projections.GUARANTEED}
+    guaranteed = sh.projections.guarantees(project)
     for dtype, found in every.items():
         for about, (op, norm) in found.items():
             before = op.weight.clone()

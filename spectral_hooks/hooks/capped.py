@@ -5,8 +5,8 @@ has moved from `V`, `‖W‖ ≤ b + e`, and where that exceeds `c` the cap brin
 by induction. What is proven grows by `e` with every step while the norm may not, so in every eighth step it is certified anew by
 Cholesky factors: else weights would settle well below the bound.
 
-What is wrong with a weight can only be told by waiting. On the host it is told at once. On a device the answer of a step is copied
-to the host while that goes on, and is read at the next step, or when the hook projects outside of steps.
+That a weight is not finite can only be told by waiting. On the host it is told at once. On a device the answer of a step is
+copied to the host while work goes on, and is read at the next step, or when the hook projects outside of steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..projections.carried import certified_norms, moved_bounds
 from ..projections.coupled import TOLERANCE, Capped, cap_matrices
 from .watch import Geometry, Job, Known, geometry, together
 
-#: In how many steps a matrix is certified anew once; and above which ratio of proven norm to bound at once, where the host knows it:
+#: After how many steps a matrix is certified anew; and above which ratio of proven norm to bound at once, where the host knows:
 #: a weight that was replaced is not to be taken for one that has grown.
 _REST, _FAR = 8, 1.1
 
@@ -35,14 +35,14 @@ Naming = Callable[[str], AbstractContextManager[None]]
 
 
 class Carried(NamedTuple):
-    """A matrix as a weight, a bound of its norm (0-d, float64, on a device that has it), and for how many steps it was not certified.
+    """A matrix as a weight, a bound of its norm (0-d, float64, on a device that has it), and after which step it was certified.
 
     The norm is that of the map which the weight made with this geometry.
     """
 
     weight: Tensor
     norm: Tensor
-    age: int
+    certified: int
     geometry: Geometry | None
 
 
@@ -90,23 +90,26 @@ class Capping:
         for name in (name for each in late for name in each.read()):
             with naming(name):
                 raise ValueError(
-                    "`weight` contained NaN or infinity, or was beyond all range, when it was looked at last; it was left as it was: "
-                    "look at the training step before."
+                    "`weight` contained NaN or infinity, or was beyond all range, when it was looked at last, and was left as it "
+                    "was: look at the training step before."
                 )
 
-    def saved(self, which: str) -> dict[str, Known]:
+    def saved(self, which: str, step: int) -> dict[str, Known]:
         """What is carried as plain numbers and weights; this waits for the device."""
         return {
-            name: Known(now.weight, float(now.norm), now.age, now.geometry) for name, now in self.carried.get(which, {}).items()
+            name: Known(now.weight, float(now.norm), step - now.certified, now.geometry)
+            for name, now in self.carried.get(which, {}).items()
         }
 
-    def kept(self, jobs: Sequence[Job], max_norm: float, which: str, naming: Naming, *, waits: bool) -> list[Job]:
-        """The jobs, each with what its target is to be given; for those that stay too where only the device knows it.
+    def kept(self, jobs: Sequence[Job], max_norm: float, which: str, step: int, naming: Naming, *, waits: bool) -> list[Job]:
+        """The jobs, of those that are coupled all `is_inside`, with what their target is to be given.
+
+        Where only the device knows which weights stay, those too are given what they have.
 
         Args:
-            jobs: those that `is_coupled`.
             max_norm: the bound.
             which: what they stand for.
+            step: how many the optimizer has made.
             naming: errors say which it is.
             waits: whether the host may wait for the device.
 
@@ -117,18 +120,18 @@ class Capping:
         carried, self.uncertain, self.acted = self.carried.setdefault(which, {}), 0, 0
         results, new = list(jobs), dict(carried)
         groups: dict[object, list[int]] = {}
-        for i, job in enumerate(jobs):
-            name, now = job.whole.target.name, _known(job, carried.get(job.whole.target.name))
+        for i, job in ((i, job) for i, job in enumerate(jobs) if _is_coupled(job)):
+            name, now = job.whole.target.name, _known(job, carried.get(job.whole.target.name), step)
             if now is None:
                 with naming(name):
-                    results[i], new[name] = _first(job, max_norm)
+                    results[i], new[name] = _first(job, max_norm, step)
             else:
                 new[name] = now
                 groups.setdefault((job.matrix(job.op.weight).shape, job.op.weight.dtype, job.device), []).append(i)
         late: list[Late] = []
         for members in groups.values():
             names = [jobs[i].whole.target.name for i in members]
-            batch = _Batch([jobs[i] for i in members], [new[name] for name in names], max_norm)
+            batch = _Batch([jobs[i] for i in members], [new[name] for name in names], max_norm, step)
             if waits or is_at_hand(batch.bounds):
                 with naming(names[batch.not_finite[0]]) if batch.not_finite else nullcontext():
                     after = batch.on_the_host()
@@ -137,7 +140,7 @@ class Capping:
                 self.uncertain, self.acted = self.uncertain + len(members), self.acted + acted.sum()
                 late.append(Late(names, batch.bounds.isfinite()))
             for i, name, (change, now) in zip(members, names, after, strict=True):
-                results[i], new[name] = replace(jobs[i], change=change), now
+                results[i], new[name] = replace(jobs[i], known=None, is_inside=True, change=change), now
         self.carried[which], self._late = new, late
         return results
 
@@ -145,8 +148,8 @@ class Capping:
 class _Batch:
     """Matrices of one shape in a step."""
 
-    def __init__(self, jobs: Sequence[Job], carried: Sequence[Carried], max_norm: float) -> None:
-        self.jobs, self.carried, self.max_norm = jobs, carried, max_norm
+    def __init__(self, jobs: Sequence[Job], carried: Sequence[Carried], max_norm: float, step: int) -> None:
+        self.jobs, self.carried, self.max_norm, self.step = jobs, carried, max_norm, step
         self.now = together([job.matrix(job.op.weight) for job in jobs])
         self.then = together([job.matrix(last.weight) for job, last in zip(jobs, carried, strict=True)])
         self.norms = torch.stack([last.norm for last in carried])
@@ -158,16 +161,20 @@ class _Batch:
         """Which matrices have no bound; the host waits."""
         return (~self.bounds.isfinite()).nonzero().flatten().tolist()
 
+    def _is_due(self, some: Sequence[Carried]) -> bool:
+        """Whether one of these is to be certified anew."""
+        return self.step - min(last.certified for last in some) >= _REST
+
     def on_the_device(self) -> tuple[list[tuple[Tensor | None, Carried]], Tensor]:
         """What each weight is to be, itself or capped, with what is carried from here, and which were capped."""
-        due = max(last.age for last in self.carried) >= _REST
+        due = self._is_due(self.carried)
         capped, renewed = _capped(self.now, self.bounds, self.max_norm, due)
         weights = torch.where(renewed.to(self.now.device)[:, None, None], capped.weights, self.then)
         norms = torch.where(renewed, capped.norms, self.norms)
         after: list[tuple[Tensor | None, Carried]] = []
         for job, last, change, weight, norm in zip(self.jobs, self.carried, capped.weights, weights, norms, strict=True):
-            now = last._replace(weight=_as_weight(job, weight), norm=norm, age=0 if due else last.age + 1)
-            after.append((_as_weight(job, change), now))
+            last = last._replace(certified=self.step) if due else last
+            after.append((_as_weight(job, change), last._replace(weight=_as_weight(job, weight), norm=norm)))
         return after, capped.acted
 
     def on_the_host(self) -> list[tuple[Tensor | None, Carried]]:
@@ -176,7 +183,7 @@ class _Batch:
         Raises:
             ValueError: a weight is not finite.
         """
-        after: list[tuple[Tensor | None, Carried]] = [(None, last._replace(age=last.age + 1)) for last in self.carried]
+        after: list[tuple[Tensor | None, Carried]] = [(None, last) for last in self.carried]
         for i in self.not_finite:
             check_finite(self.jobs[i].op.weight)
             self.bounds[i] = torch.finfo(torch.float64).max  # beyond the range of what is measured with
@@ -187,12 +194,12 @@ class _Batch:
         some = slice(None) if len(chosen) == len(after) else doubtful
         bounds, now = self.bounds[some], self.now[some if isinstance(some, slice) else some.to(self.now.device)]
         far = bool((bounds > _FAR * self.max_norm).any())
-        due = far or max(self.carried[i].age for i in chosen) >= _REST
+        due = far or self._is_due([self.carried[i] for i in chosen])
         capped, renewed = _capped(now, bounds, self.max_norm, due)
         for i, weight, norm, acted, new in zip(
             chosen, capped.weights, capped.norms, capped.acted.tolist(), renewed.tolist(), strict=True
         ):
-            job, last = self.jobs[i], self.carried[i]._replace(age=0 if due else self.carried[i].age + 1)
+            job, last = self.jobs[i], self.carried[i]._replace(certified=self.step) if due else self.carried[i]
             weight = _as_weight(job, weight)
             after[i] = (weight if acted else None, last._replace(weight=weight, norm=norm) if new else last)
         return after
@@ -217,25 +224,25 @@ def _as_weight(job: Job, matrix: Tensor) -> Tensor:
     return matrix if op.weight.ndim == 2 else op.from_canonical(matrix.reshape(op.canonical_shape))
 
 
-def _first(job: Job, max_norm: float) -> tuple[Job, Carried]:
+def _first(job: Job, max_norm: float, step: int) -> tuple[Job, Carried]:
     """A weight of which nothing is known brought inside, certified."""
     op = job.op
     weight = projections.soft_cap(op, max_norm)
     norm = torch.tensor(max_norm, dtype=torch.float64, device=device_with_float64(op.device))
-    carried = Carried(weight.detach().clone(), norm, _REST, geometry(op))
-    return replace(job, change=None if weight is op.weight else weight), carried
+    carried = Carried(weight.detach().clone(), norm, step - _REST, geometry(op))
+    return replace(job, known=None, is_inside=True, change=None if weight is op.weight else weight), carried
 
 
-def is_coupled(job: Job) -> bool:
+def _is_coupled(job: Job) -> bool:
     """Whether a weight is a matrix that is used once and written entry by entry: then what is proven can be carried along."""
     return job.whole.is_plain and job.is_matrix and job.op.weight.numel() > 0 and not job.whole.target.may_refuse()
 
 
-def _known(job: Job, carried: Carried | None) -> Carried | None:
+def _known(job: Job, carried: Carried | None, step: int) -> Carried | None:
     """What is known of this map, here or from a run that was saved; None if it is another one."""
     op, last = job.op, job.known
     if carried is None and last is not None:
-        carried = Carried(last.weight, torch.tensor(last.norm, dtype=torch.float64), min(last.age, _REST), last.geometry)
+        carried = Carried(last.weight, torch.tensor(last.norm, dtype=torch.float64), step - last.age, last.geometry)
     if carried is None or carried.geometry is None or carried.geometry != geometry(op):
         return None
     weight = carried.weight

@@ -24,7 +24,7 @@ from ..weights.targets import AnyTarget, Whole, WholeSum
 from . import normalizations, settings, sizes
 from .atomic import write_all_
 from .base import FROZEN, Hook, check_count, check_flag
-from .capped import Capping, is_coupled
+from .capped import Capping
 from .iterates import project_iterates
 from .keep import keep_inside
 from .pace import AUTO
@@ -260,20 +260,16 @@ class SpectralClip(Hook):
         return len(changed) + len(gains) - self._capping.uncertain + self._capping.acted
 
     def _settled(self, wholes: list[Whole | WholeSum], which: str, slack: float | None) -> list[Any]:
-        """What is to be written so that each is inside the ball, None for those that are known to be there; brings `_known` up."""
+        """What is to be written so that each is inside the ball, None for those that are there already."""
         known = self._known.setdefault(which, {})
         jobs = [Job(whole, known.get(whole.target.name) if whole.is_single else None) for whole in wholes]
-        coupled = [i for i, job in enumerate(jobs) if self.projection is projections.soft_cap and is_coupled(job)]
-        capped = self._capping.kept([jobs[i] for i in coupled], self.bound, which, self.naming, waits=self.distribute)
-        others = [i for i in range(len(jobs)) if i not in set(coupled)]
-        kept = [jobs[i] for i in others]
+        if self.projection is projections.soft_cap:
+            jobs = self._capping.kept(jobs, self.bound, which, self.step, self.naming, waits=self.distribute)
         if self.projection in (projections.clip, projections.soft_cap):
-            kept = still_inside(kept, self.bound)
-        if not all(job.is_inside for job in kept):
-            kept = self._brought_inside(kept, slack)
-        known.update((job.whole.target.name, job.known) for job in kept if job.known is not None)
-        for i, job in zip([*coupled, *others], [*capped, *kept], strict=True):
-            jobs[i] = job
+            jobs = still_inside(jobs, self.bound)
+        if not all(job.is_inside for job in jobs):
+            jobs = self._brought_inside(jobs, slack)
+        known.update((job.whole.target.name, job.known) for job in jobs if job.known is not None)
         return [job.change for job in jobs]
 
     def _brought_inside(self, jobs: list[Job], slack: float | None) -> list[Job]:
@@ -299,11 +295,11 @@ class SpectralClip(Hook):
         return results
 
     def _by_itself(self, job: Job) -> Job:
-        """The job with what its projection makes of it, and with what is then known of a weight that the bound is guaranteed for."""
+        """The job with what its projection makes of it, and with what is then known of it."""
         change = job.whole.inside(self._one, self.bound)
-        if self.projection is projections.soft_cap and job.whole.is_plain:
-            return job.proven(self.bound) if change is None else job.changed(change, self.bound)
-        return replace(job, change=change)
+        if self.projection is not projections.soft_cap or not job.whole.is_plain:
+            return replace(job, change=change)
+        return job.changed(change, self.bound) if isinstance(change, Tensor) else job.proven(self.bound)
 
     def _measure(self, wholes: Iterable[Whole | WholeSum]) -> None:
         operators = (op for whole in wholes for op in whole.operators)
@@ -323,7 +319,7 @@ class SpectralClip(Hook):
         Without `known`, which holds tensors, it goes on within `slack` of that.
         """
         plain = {
-            which: {name: tuple(now) for name, now in (known | self._capping.saved(which)).items()}
+            which: {name: tuple(now) for name, now in (known | self._capping.saved(which, self.step)).items()}
             for which, known in self._known.items()
         }
         state = super().state_dict() | {"known": plain.pop("", {})}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.host import is_at_hand
-from ..linalg.precision import at_least_float32, device_with_float64, exact, float32_is_kept, full_precision, widest
+from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision, widest
 from ..linalg.rounded import norm_bounds
 from ..linalg.schatten import frobenius_bounds
 from ..linalg.symbols import symmetric_product
@@ -80,7 +80,7 @@ def certified_norms(weights: Tensor, max_norm: float) -> Tensor:
     proven = torch.full_like(estimate, inf)
     for margin in reversed(_MARGINS):
         claim = estimate * (1 + margin) + 1e-6
-        room = claim.square() - _proof_rounding(*values.shape[1:], claim.square(), squares)
+        room = claim.square() - _proof_rounding(values.shape[1], values.shape[2], claim.square(), squares)
         shifted = -gram
         shifted.diagonal(dim1=1, dim2=2).add_(room[:, None])
         failed = torch.linalg.cholesky_ex(shifted).info

@@ -39,7 +39,7 @@ _MOST_POWER = {torch.float32: 126, torch.float64: 1022}
 _VANISHING = 1e-12
 #: Where the rounding of the last product, relative to the norm, may be more than this, the products are in float64.
 _MOST_ROUNDING = 0.25
-#: What rounding to storage adds to a norm: a typical share of an eps of an entry for every root of rows and of columns, with room.
+#: What rounding to storage adds to a norm, with room: a share of an eps of an entry for every root of rows and of columns.
 _STORAGE_ERROR = 0.35
 #: Squarings for the bound of what rounding to storage has added.
 _SQUARINGS = 2
@@ -56,8 +56,8 @@ class Capped(NamedTuple):
 def coefficient(taken: Tensor) -> Tensor:
     """The least `x ≥ 0` with `3x² - 3x³ + x⁴ = taken`, from 0 to 19/81, or a number above it by rounding; in float64.
 
-    Newton's method: the left side is convex up to `x = ⅓`, so after the first step all are above the solution. The start is off by
-    a hundredth at most, so each step doubles the digits from there on.
+    Newton's method: the left side is convex up to `x = ⅓`, so after the first step all are above the solution. The start is off
+    by a hundredth at most, so each step doubles the digits from there on.
     """
     first = (taken / 3 + _TINY).sqrt()
     x = first * (1 + first * (0.5 + 0.45 * first))

@@ -24,9 +24,7 @@ _MOST = 32.0
 
 @on_kernel
 @torch.no_grad()
-def soft_cap(
-    op: KernelOperator, max_norm: float = 1.0, *, strength: float | None = None, excess: float | None = None
-) -> Tensor:
+def soft_cap(op: KernelOperator, max_norm: float = 1.0, *, strength: float | None = None, excess: float | None = None) -> Tensor:
     """Press large singular values down by odd polynomials, `p₂ ∘ p₁`, with `p₁(x) = x - αx³`, `p₂(x) = x + αx³` in units of `c`.
 
     Small values stay as they are up to `3 α² x⁵`; those near and above the bound shrink, all keep their order and their vectors.

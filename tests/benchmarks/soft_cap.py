@@ -117,7 +117,9 @@ def cost(number: int, rows: int, columns: int) -> str:
 
 
 def costs() -> None:
-    print("| matrices | four products, ms | bound of the update | cap | certificate | bound and cap over four products | with it |")
+    print(
+        "| matrices | four products, ms | bound of the update | cap | certificate | bound and cap over four products | with it |"
+    )
     print("|---|---|---|---|---|---|---|")
     for number, rows, columns in ((1, 256, 256), (8, 256, 256), (1, 768, 768), (1, 768, 3072)):
         print(cost(number, rows, columns), flush=True)

@@ -293,14 +293,14 @@ def test_state_makes_a_resumed_run_equal_bit_for_bit() -> None:
     assert max(train(without, lean, 5)) <= 0.8 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["rescale", "polar", "band"])
+@pytest.mark.parametrize("name", ["rescale", "polar", "band", "soft_cap"])
 def test_projections_that_guarantee_the_bound(name: str) -> None:
     hook = sh.SpectralClip(0.7, projection=name)
     assert max(train(network(), hook, 4)) <= 0.7 + 1e-6
     assert f"{name} (guarantees the bound)" in repr(hook)
 
 
-@pytest.mark.parametrize("name", ["soft_cap", "hammer", "clipped_decay", "parseval"])
+@pytest.mark.parametrize("name", ["hammer", "clipped_decay", "parseval"])
 def test_projections_that_do_not(name: str) -> None:
     hook = sh.SpectralClip(0.7, projection=name)
     norms, free = train(network(), hook, 4), train(network(), sh.SpectralClip(1e6), 4)
