@@ -154,7 +154,8 @@ def _copied(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     left = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in left if not value.is_leaf}
     try:
-        twin = copy.deepcopy(model, memo).eval()
+        twin = copy.deepcopy(model, memo)
+        twin.eval()
         return twin, {module: memo[id(module)] for module in model.modules()}
     except Exception as error:  # whatever a module's own way to copy itself raises
         raise ValueError(

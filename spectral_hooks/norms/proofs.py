@@ -8,7 +8,7 @@ tells which `a` will do; then there is no search, and kernels of equal shape are
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import cos, inf, pi
+from math import cos, inf, pi, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -16,16 +16,19 @@ from torch import Tensor
 from ..linalg.cholesky import below_
 from ..linalg.gram import Gram
 from ..linalg.lanczos import lanczos, norms
-from ..linalg.precision import exact
-from ..linalg.symbols import half_plane, product, trim
+from ..linalg.memory import at_once
+from ..linalg.precision import exact, float32_is_kept
+from ..linalg.symbols import half_plane, product, symbol, trim
 from ..linalg.threads import calm
 from .cells import angle_of, cells_at, tiling
-from .cover import covering, in_chunks, proven_below
+from .cover import covering, proven_below
 from .single_row import grid_maxima, suprema
 
 #: Krylov steps for an estimate of the norm of a kernel, and what it may lack; of a matrix, which has a single chance, more.
 _KRYLOV_STEPS, _MARGIN = 4, 1.02
 _MATRIX_KRYLOV_STEPS, _MATRIX_MARGINS = 8, (1.02, 1.1)
+#: Of what lies farther below the bound no more than this is asked to be proven, for a finer proof would mind its rounding.
+_LOWEST_GOAL = 0.7
 #: The largest angle of a cell.
 _WIDEST = 0.8
 #: The least pace, so that there is a share of the room for it.
@@ -49,6 +52,7 @@ def certificates(kernels: Tensor, pace: Tensor, depth: Tensor, sizes: tuple[int,
         depth: how far below 1 a norm is taken to lie, unless it is seen to be smaller, `(groups,)`.
         sizes: of circular operators, frequencies per axis: the largest norm on their grid is asked for, whatever pace and depth.
     """
+    kernels = _folded(kernels, sizes) if sizes else kernels
     # `sup ‖F‖₂² ≥ mean ‖F‖_F² / rank`: what is outside by that would spoil the bounds of the others' rounding
     estimate = (kernels.flatten(1).double().square().sum(1) / min(kernels.shape[1:3])).sqrt().cpu()
     proven = torch.full_like(estimate, inf)
@@ -105,27 +109,67 @@ def _estimates(matrices: Tensor, groups: int, steps: int) -> Tensor:
     return squared.unflatten(0, (groups, -1)).amax(1).clamp(min=0).sqrt().double().cpu()
 
 
+def _folded(kernels: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Kernels with the same symbols on a grid, and no more taps than that has frequencies."""
+    for axis, n in enumerate(sizes, start=3):
+        places = torch.arange(kernels.shape[axis], device=kernels.device)
+        if len(places) > n:
+            kernels = torch.stack([kernels.index_select(axis, places[i::n]).sum(axis) for i in range(n)], dim=axis)
+    return kernels
+
+
 def _on_grid(kernels: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Estimates of the largest norms on a grid of frequencies, and what is proven of them: about that, 1 or infinity."""
     if min(kernels.shape[1:3]) == 1:
         upper = grid_maxima(kernels, sizes).upper.cpu()
         return upper, upper.where(upper <= 1, inf)
-    gram, (theta, _) = Gram(kernels), half_plane(sizes, kernels)
-    quick, cells = gram.single(), cells_at(theta, theta.new_tensor(kernels.shape[3:]) - 1, gram.groups)
-    squared = theta.new_zeros(gram.groups)
-    for part in in_chunks(quick, cells):
-        found = norms(quick(part.group, part.centre), steps=_MATRIX_KRYLOV_STEPS)
-        squared.scatter_reduce_(0, part.group, found.to(squared), "amax")
-    estimate = squared.clamp(min=0).sqrt().cpu()
-    proven = torch.full_like(estimate, inf)
-    for goal in (*((margin * estimate).clamp(1e-3, 1) for margin in _MATRIX_MARGINS), torch.ones_like(estimate)):
-        members = ((proven == inf) & (estimate < goal)).nonzero().squeeze(1)
-        if len(members):
-            room = _ROUNDING_SHARE * float(1 - (estimate / goal)[members].amax().square())
-            scaled = gram.some(members.to(theta.device), goal[members].square().to(theta))
-            inside = proven_below(scaled.single(), scaled, cells_at(theta, cells.radius, len(members)), 1.0, room)
-            proven[members] = goal[members].where(inside.unflatten(0, (len(members), -1)).all(1).cpu(), inf)
+    kernels = kernels if kernels.shape[1] <= kernels.shape[2] else kernels.transpose(1, 2)
+    theta, _ = half_plane(sizes, kernels)
+    estimate = torch.zeros(len(kernels), dtype=torch.float64)
+    proven = torch.zeros_like(estimate)
+    # the symbols, their Gram matrices and the factors of these
+    for part in theta.split(at_once(32 * len(kernels) * kernels.shape[1] * (kernels.shape[1] + kernels.shape[2]))):
+        found = _at_frequencies(kernels, part)
+        estimate, proven = (torch.maximum(x, y.amax(0)) for x, y in zip((estimate, proven), found, strict=True))
     return estimate, proven
+
+
+def _at_frequencies(kernels: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of every symbol, `(frequencies, groups)`: in float32, and in float64 where that is too coarse."""
+    single = kernels.float() if float32_is_kept() else kernels
+    squares, error = _squared_symbols(single, theta)
+    squared = norms(squares.flatten(0, 1), steps=_MATRIX_KRYLOV_STEPS).clamp(min=0)
+    estimate = squared.double().sqrt().cpu().unflatten(0, squares.shape[:2])
+    proven = torch.full_like(estimate, inf)
+    goals = [(_MARGIN * estimate).clamp(_LOWEST_GOAL, 1), torch.ones_like(estimate)]
+    for goal in goals:
+        left = ((proven == inf) & (estimate < goal)).nonzero()
+        if len(left):
+            where, group = left.T.to(theta.device)
+            level = goal[left[:, 0], left[:, 1]].square()
+            inside = below_(
+                squares[where, group] / level.to(squares)[:, None, None], 1.0, error=error / float(level.amin()), slack=0.5
+            )
+            proven[left[:, 0], left[:, 1]] = level.sqrt().where(inside.proven.cpu(), inf)
+    if single.dtype != torch.float64:
+        for where, group in ((proven == inf) & (estimate < 1)).nonzero().tolist():
+            square, error = _squared_symbols(kernels[group : group + 1], theta[where : where + 1])
+            if below_(square[0], 1.0, error=error, slack=0.5).proven:
+                proven[where, group] = 1
+    return estimate, proven
+
+
+def _squared_symbols(kernels: Tensor, theta: Tensor) -> tuple[Tensor, float]:
+    """`F F*` at these frequencies, `(frequencies, groups, rows, rows)`, and by how much any of them may be off in norm.
+
+    A sum of `n` products is off by `n u` of the product of the lengths, and a complex one by `√2` times as much of twice as many;
+    the sums of the `T` taps are of `√T` times the length of the kernel.
+    """
+    symbols = symbol(kernels, theta.to(kernels))
+    eps, taps = torch.finfo(kernels.dtype).eps, prod(kernels.shape[3:])
+    length = float(torch.linalg.vector_norm(symbols.flatten(2), dim=2).amax()) * (1 + 1e-3)
+    sums = (taps + 8) * sqrt(taps) * float(torch.linalg.vector_norm(kernels.flatten(1), dim=1).amax()) * (1 + 1e-3)
+    return symbols @ symbols.mH, eps * length * (sqrt(2) * (kernels.shape[2] + 4) * length + 2 * sums)
 
 
 def _of_matrices(squares: Tensor, error: float) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def at_sizes(layer: nn.Module, sizes: Sizes) -> KernelOperator:
         True
     """
     ops = [as_operator(layer, input_size=size) for size in sizes]
-    convolutions = [op for op in ops if isinstance(op, ConvOperator) and not op.is_pointwise]
+    convolutions = [op for op in ops if isinstance(op, ConvOperator) and op.is_finite and not op.is_pointwise]
     cover = covering(convolutions) if len(convolutions) == len(ops) else None
     return as_operator(layer) if cover is None or _is_fine(cover) else cover
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/example_sizes.py [--size 32] [--steps 4]
 
 timm's resnet18 with 10 classes, random weights, batch 16, AdamW at 1e-3, one thread. Processor time, so that a busy machine does
-not matter much. "kept": the Frobenius norm of all weights after the first clip over that before it. "at the size": the largest and
-the mean norm of the 3×3 convolutions at their own input size, matrix-free: how much of the bound is used.
+not matter much. "kept": the Frobenius norm of all weights after the first clip over that before it. "at the size": the mean and
+the largest norm of the convolutions with several taps at their own input size, matrix-free: how much of the bound is used.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| bound | attach | projection a step | forward and backward | kept | at the size: mean, largest |\n|---|---|---|---|---|---|"
-    )
+    print("| bound | attach | projection a step | forward and backward | kept | at the size |\n|---|---|---|---|---|---|")
     for size in options.size:
         for sized in (True, False):
             print(measured(size, options.steps, sized), flush=True)

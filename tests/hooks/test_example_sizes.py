@@ -156,11 +156,16 @@ def test_other_projections_that_guarantee_the_bound_obey_it_too(name: str) -> No
     assert max(finite_norms(model[0], (3, 3)).values()) <= 1 + ROUNDING < observers.lattice_norm(model[0])
 
 
+@pytest.mark.parametrize("sizes", [(5, 4), (2, 3), (1, 1), (2, 7)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 3, 3), (1, 40, 34, 3, 3), (3, 1, 4, 3, 2), (1, 20, 70, 4)], ids=str)
-def test_certificates_on_a_grid_are_those_of_its_frequencies(shape: tuple[int, ...]) -> None:
-    sizes = (5, 4)[: len(shape) - 3]
+def test_certificates_on_a_grid_are_those_of_its_frequencies(shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """Also of grids with fewer frequencies than taps."""
+    sizes = sizes[: len(shape) - 3]
     kernels = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    symbols = np.fft.fftn(kernels.double().numpy(), s=sizes, axes=range(3, len(shape)))
+    waves = [np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(k)) / n) for n, k in zip(sizes, shape[3:], strict=True)]
+    symbols = kernels.double().numpy()
+    for axis, wave in enumerate(waves, start=3):
+        symbols = np.moveaxis(np.tensordot(wave, symbols, (1, axis)), 0, axis)
     norms = np.linalg.norm(np.moveaxis(symbols, (1, 2), (-2, -1)), ord=2, axis=(-2, -1)).reshape(shape[0], -1).max(1)
     free = torch.zeros(len(norms), dtype=torch.float64)
     for scale in (0.5, 0.97, 0.9995, 1.0005, 1.1, 40.0):
