@@ -5,6 +5,7 @@ On the host, where looking at a value costs nothing, so that no more is done tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isqrt
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ from torch import Tensor
 _MARGIN = {torch.float64: 1e-6, torch.float32: 1e-4}
 #: Terms of a product that are summed at once: sums of fewer lose fewer digits.
 _CHUNK = 64
-#: Power steps for all matrices; after them one is looked at more closely, until its error seems to be as small as the margin.
-_STEPS = 4
+#: Power steps for all matrices; after them some are looked at more closely, until the error seems as small as the margin.
+_STEPS, _CLOSER = 4, 2
+#: Bytes of matrices that are factorized at once: what is larger is given back to the system each time, and has to be asked for.
+_AT_ONCE = 1 << 18
 #: The most Krylov spaces for that.
 _MOST_SPACES = 8
 #: The most proofs: each time the estimate or the margin has grown.
@@ -33,7 +36,7 @@ class Top(NamedTuple):
     doubt: float
 
 
-def proven_top(matrices: Tensor, share: float) -> tuple[Top, float] | None:
+def proven_top(batches: Iterable[Tensor], share: float) -> tuple[Top, float] | None:
     """The largest norm of a batch, and a number not below its square; None where rounding takes more than a share of that.
 
     With `G = M M*` as computed, a Cholesky factor `R` of `level I - G` that exists proves
@@ -44,13 +47,19 @@ def proven_top(matrices: Tensor, share: float) -> tuple[Top, float] | None:
     matrices that have no factor then one is looked at, and raises the estimate, or else the margin grows.
 
     Args:
-        matrices: `(n, rows, columns)`, real or complex, with no more rows than columns; finite, the largest entry of order one.
+        batches: matrices `(n, rows, columns)`, real or complex, with no more rows than columns; finite, the largest entry of
+            order one. Of one batch after the other only the Gram matrices are kept.
     """
-    eps, size = torch.finfo(matrices.dtype).eps, matrices.shape[1]
-    parts = 3.0 if matrices.is_complex() else 1.0
-    grams = _grams(matrices)
+    found = []
+    for matrices in batches:
+        columns = matrices.shape[2]
+        found.append(_grams(matrices))
+    grams = torch.cat(found) if len(found) > 1 else found[0]
+    del found, matrices
+    eps, size = torch.finfo(grams.dtype).eps, grams.shape[1]
+    parts = 3.0 if grams.is_complex() else 1.0
     traces = grams.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-    summed = min(_CHUNK, matrices.shape[2]) + -(-matrices.shape[2] // _CHUNK)
+    summed = min(_CHUNK, columns) + -(-columns // _CHUNK)
     error = 0.51 * parts * (summed + 4) * eps * float(traces.amax())
     rounding, proven = 0.5 * parts * (size + 4) * eps, 0.0
     rows, ranks = _ranked(grams)
@@ -85,14 +94,17 @@ def _grams(matrices: Tensor) -> Tensor:
 
 def _factorized(grams: Tensor, traces: Tensor, level: float, rounding: float) -> tuple[Tensor, Tensor]:
     """Which matrices `level I - G` have a Cholesky factor `R`, and bounds of `‖|R|‖²` for those."""
-    shifted = -grams
-    shifted.diagonal(dim1=-2, dim2=-1).add_(level)
-    factors, info = torch.linalg.cholesky_ex(shifted)
-    roots = factors.diagonal(dim1=-2, dim2=-1).real
+    size, found = grams.shape[-1], []
+    for part in grams.split(max(_AT_ONCE // (size * size * grams.element_size()), 1)):
+        shifted = -part
+        shifted.diagonal(dim1=-2, dim2=-1).add_(level)
+        factors, info = torch.linalg.cholesky_ex(shifted)
+        roots = factors.diagonal(dim1=-2, dim2=-1).real
+        found.append((info, roots.amax(-1), roots.square().sum(-1, dtype=torch.float64)))
+    infos, largest, squares = (torch.cat(each) for each in zip(*found, strict=True))
     # ‖R‖_F² = tr A, up to rounding
-    total = (grams.shape[-1] * level - traces.double()) * (1 + 8 * rounding)
-    rest = (total - roots.double().square().sum(-1)).clamp(min=0)
-    return info == 0, (roots.amax(-1) + rest.sqrt()).square()
+    total = (size * level - traces.double()) * (1 + 8 * rounding)
+    return infos == 0, (largest + (total - squares).clamp(min=0).sqrt()).square()
 
 
 def _ranked(grams: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,13 +125,15 @@ def _lengths(rows: Tensor) -> Tensor:
 
 def _closely(grams: Tensor, rows: Tensor, ranks: Tensor, places: Tensor) -> Top:
     """The largest eigenvalue of the first in rank, in Krylov spaces, each from the vector that the one before has found."""
-    index = int(ranks.argmax())
-    vector, value = rows[index, 0].conj(), float(ranks[index])
-    for _ in range(_MOST_SPACES):
-        vector, value, doubt = _ritz(grams[index], vector, value)
-        if doubt <= _MARGIN[ranks.dtype]:
-            break
-    return Top(int(places[index]), vector, value, doubt)
+    found = []
+    for index in ranks.topk(min(_CLOSER, len(ranks))).indices.tolist():
+        vector, value = rows[index, 0].conj(), float(ranks[index])
+        for _ in range(_MOST_SPACES):
+            vector, value, doubt = _ritz(grams[index], vector, value)
+            if doubt <= _MARGIN[ranks.dtype]:
+                break
+        found.append(Top(int(places[index]), vector, value, doubt))
+    return max(found, key=lambda top: top.squared)
 
 
 def _ritz(gram: Tensor, start: Tensor, scale: float) -> tuple[Tensor, float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from math import cos, floor, inf, log2, pi, prod, sqrt
 
 import torch
@@ -23,6 +24,8 @@ _BUDGET = 400
 _SMALL, _FEW = 64, 16
 #: On the host proofs up to this size are tried in float32, whose rounding may be so large a share of the squared norm.
 _SINGLE, _SHARE = 320, 2e-3
+#: Entries of symbols there at once: less memory is asked for and given back.
+_AT_ONCE = 1 << 16
 #: Beyond: what is tried to be proven, relative to an estimate of the squared norm.
 _MARGINS = (1e-6, 2e-3, 0.1)
 #: Krylov steps for that estimate.
@@ -59,7 +62,8 @@ def quick(op: KernelOperator) -> Tensor:
         >>> bool(norm / 1.000001 <= quick(op) <= 1.04 * norm)
         True
     """
-    sampled, theta, factor = _sampled(op.canonical())
+    sampled, sizes, factor = _sampled(op.canonical())
+    theta = _grid(sizes)
     index, left, right, upper = _largest(sampled.detach(), theta)
     # at the winner, with the vectors held fixed: the derivative of a maximum
     group, place = index % len(sampled), torch.div(index, len(sampled), rounding_mode="floor")
@@ -72,7 +76,8 @@ def quick(op: KernelOperator) -> Tensor:
 def quick_with_direction(op: KernelOperator) -> tuple[float, Callable[[], Tensor]]:
     """The value of `quick` on the host, and a function that makes its gradient, of any length: in place of a graph."""
     kernel = op.canonical().detach()
-    sampled, theta, factor = _sampled(kernel)
+    sampled, sizes, factor = _sampled(kernel)
+    theta = _kept_grid(sizes)
     index, left, right, upper = _largest_of(sampled, theta)
 
     def direction() -> Tensor:
@@ -92,16 +97,26 @@ def quick_with_direction(op: KernelOperator) -> tuple[float, Callable[[], Tensor
     return float(upper) * (factor * op.padding_factor * _raised(sampled)), direction
 
 
-def _sampled(kernel: Tensor) -> tuple[Tensor, Tensor, float]:
-    """A kernel with fewer rows than columns, or that reshaped; frequencies at which its norm is taken; a factor for others."""
+def _sampled(kernel: Tensor) -> tuple[Tensor, tuple[int, ...], float]:
+    """A kernel with fewer rows than columns, or that reshaped; the grid on which its norm is taken; a factor for the rest."""
     kernel = kernel.to(at_least_float32(kernel.dtype))
     if kernel.shape[1] > kernel.shape[2]:
         kernel = kernel.transpose(1, 2)
     sizes, factor = sampling_grid(kernel)
-    if not sizes:
-        return kernel.flatten(2), torch.zeros(1, 0, dtype=torch.float64), factor
-    # of two conjugate frequencies one is enough
-    return kernel, half_plane(tuple(sizes), torch.empty(0, dtype=torch.float64))[0], factor
+    return kernel if sizes else kernel.flatten(2), tuple(sizes), factor
+
+
+def _grid(sizes: tuple[int, ...]) -> Tensor:
+    """Frequencies; of two conjugate ones one is enough."""
+    like = torch.empty(0, dtype=torch.float64)
+    return half_plane(sizes, like)[0] if sizes else torch.zeros(1, 0, dtype=torch.float64)
+
+
+@lru_cache(maxsize=64)
+def _kept_grid(sizes: tuple[int, ...]) -> Tensor:
+    """The same, made once."""
+    with torch.inference_mode(False):
+        return _grid(sizes)
 
 
 def _raised(kernel: Tensor) -> float:
@@ -172,15 +187,29 @@ def _proven_on_host(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tens
     # what vanishes in the division is less than the rounding of the rest
     kernel = kernel if scale == 1 else (kernel if 1e-30 < scale < 1e30 else kernel.double()) / scale
     for dtype in (torch.float32, torch.float64)[1 - single :]:
-        blocks = _blocks(kernel.to(dtype), theta)
-        if found := proven_top(blocks, _SHARE):
+        cast = kernel.to(dtype)
+        if found := proven_top(_symbols(cast, theta), _SHARE):
             top, squared = found
-            left = top.left.conj().resolve_conj().to(torch.complex128 if theta.shape[1] else torch.float64)
-            row = left @ blocks[top.index].to(left)
+            group, place = top.index % len(kernel), top.index // len(kernel)
+            left = top.left.conj().resolve_conj()
+            row = left @ _blocks(cast[group : group + 1], theta[place : place + 1])[0]
             right = (row / torch.linalg.vector_norm(row)).conj().resolve_conj()
             upper = (sqrt(squared) + _rounding(kernel, dtype)) * scale
-            return torch.tensor([top.index]), left.clone(), right.clone(), torch.tensor(upper, dtype=torch.float64)
+            vector = torch.complex128 if theta.shape[1] else torch.float64
+            return torch.tensor([top.index]), left.to(vector), right.to(vector), torch.tensor(upper, dtype=torch.float64)
     return None
+
+
+def _symbols(kernel: Tensor, theta: Tensor) -> Iterator[Tensor]:
+    """`_blocks` of some frequencies after the other; in float32 with waves that are rounded once."""
+    if not theta.shape[1]:
+        yield kernel
+        return
+    positions = product([torch.arange(k) for k in kernel.shape[3:]], theta)
+    waves = torch.exp(-1j * (theta @ positions.T)).to(kernel.dtype.to_complex())
+    flat = kernel.flatten(3).movedim(-1, 0).flatten(1).to(waves.dtype)
+    for part in waves.split(max(_AT_ONCE // prod(kernel.shape[:3]), 1)):
+        yield (part @ flat).unflatten(1, kernel.shape[:3]).flatten(0, 1)
 
 
 def _rounding(kernel: Tensor, dtype: torch.dtype) -> float:
