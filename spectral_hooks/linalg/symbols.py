@@ -24,7 +24,7 @@ def product(axes: Sequence[Tensor], like: Tensor) -> Tensor:
 def symbol(kernel: Tensor, theta: Tensor) -> Tensor:
     """`F(θ)` of every group at frequencies `theta` of shape `(n, d)`: `(n, groups, rows, columns)`, complex.
 
-    One small DFT matmul, exact up to rounding, differentiable.
+    One small DFT matmul, exact up to rounding, differentiable. Of a kernel in float32 at frequencies in float64 too.
     """
     positions = product([torch.arange(k) for k in kernel.shape[3:]], theta)
     some = at_once(3 * theta.element_size() * len(positions))
@@ -33,7 +33,7 @@ def symbol(kernel: Tensor, theta: Tensor) -> Tensor:
     angles = theta @ positions.T
     taps = kernel.flatten(3) if kernel.ndim > 3 else kernel.unsqueeze(-1)
     flat = taps.movedim(-1, 0).flatten(1)
-    values = torch.complex(angles.cos() @ flat, -angles.sin() @ flat)
+    values = torch.complex(angles.cos().to(flat) @ flat, -angles.sin().to(flat) @ flat)
     return values.unflatten(1, kernel.shape[:3])
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..linalg.precision import at_least_float32, widest, without_autocast
 from ..linalg.scaling import unit_scale
 from ..norms.bounds import Bound
-from ..norms.quick import quick
+from ..norms.quick import quick, quick_with_direction
 from ..operators import as_operator
 from ..operators.base import KernelOperator
 from ..projections.arguments import check_max_norm
+from .eager import Scale, is_plain, scaled, times
 from .following import At, may_follow, start_inside
 from .memory import Memory
 from .recording import exported
@@ -146,6 +147,8 @@ class Rescaled(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         made = self._followed if may_follow(self, weight) else self._rescaled
+        if self.bound is quick and is_plain(weight) and (self.training or (torch.is_grad_enabled() and weight.requires_grad)):
+            made = self._eagerly
         return exported(lambda weight: without_autocast(made, weight), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -187,6 +190,21 @@ class Rescaled(nn.Module):
         )
         gain = torch.where(found < level - 2 * rounding, 1.0, gain)
         return _scaled(At.apply(weight, value), torch.where(far | inside, 1.0, unit), gain)
+
+    def _eagerly(self, weight: Tensor) -> Tensor:
+        """Either of the two, for a weight whose values can be looked at."""
+        unit, wide = float(unit_scale(weight)), _wide(weight.detach())
+        op = self.op.with_weight(wide if unit == 1 else wide * unit)
+        value, direction = quick_with_direction(op)
+        rounding = float(_rounding(op, weight.dtype))
+        size, level = value + rounding, min(self.max_norm * unit, torch.finfo(torch.float64).max)
+        scale = Scale(1.0, 1.0, value / size if size else 1.0, None if size < level - 2 * rounding else direction)
+        if not size <= level:
+            scale = scale._replace(unit=unit, gain=self._room(weight.dtype) / size)
+        if size > _FAR * level and may_follow(self, weight):
+            weight.data.copy_(times(weight, scale))
+            scale = scale._replace(unit=1.0, gain=1.0)
+        return scaled(weight, scale, self._rescaled)
 
     def _size(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The bound for a weight with what rounding to a dtype may add, and that."""
@@ -254,5 +272,7 @@ def _rounding(op: KernelOperator, dtype: torch.dtype) -> Tensor:
     """What rounding the entries of the scaled weight to a dtype can add to its norm: `‖E‖₂ ≤ √taps ‖E‖_F`, group by group."""
     kernel = op.canonical().detach()
     unit = torch.finfo(dtype).eps / 2 + torch.finfo(kernel.dtype).eps
-    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1, dtype=widest(kernel.device)).amax()
+    # summed in the precision of the kernel, and raised by what that may lose
+    largest = torch.linalg.vector_norm(kernel.flatten(1), dim=1).amax().to(widest(kernel.device))
+    largest = largest * (1 + kernel[0].numel() * torch.finfo(kernel.dtype).eps)
     return largest * (unit * sqrt(prod(kernel.shape[3:])) * op.padding_factor)
