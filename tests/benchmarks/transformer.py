@@ -39,9 +39,8 @@ class Block(nn.Module):
 def gpt() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(LETTERS, WIDTH), *(Block() for _ in range(LAYERS)), nn.Linear(WIDTH, LETTERS))
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.orthogonal_(module.weight)
+    for layer in linear_layers(model):
+        nn.init.orthogonal_(layer.weight)
     return model
 
 
@@ -49,6 +48,15 @@ def batch(generator: torch.Generator) -> Tensor:
     """Arithmetic sequences of letters, from anywhere and by any step: something to learn."""
     start, step = (torch.randint(LETTERS, (BATCH, 1), generator=generator) for _ in range(2))
     return (start + step * torch.arange(LENGTH + 1)) % LETTERS
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def share_above(layer: nn.Linear, level: float) -> float:
+    """Which share of a layer's singular values is above a level."""
+    return float((torch.linalg.svdvals(layer.weight.detach().double()) > level).double().mean())
 
 
 def run(settings: dict[str, Any] | None, lr: float, steps: int) -> tuple[list[float], float, float]:
@@ -66,8 +74,9 @@ def run(settings: dict[str, Any] | None, lr: float, steps: int) -> tuple[list[fl
         loss.backward()
         optimizer.step()
         times.append(time.process_time() - start)
-    values = [torch.linalg.svdvals(m.weight.detach().double()) for m in model.modules() if isinstance(m, nn.Linear)]
-    return times[5:], max(float(v[0]) for v in values), min(float((v > 0.95).double().mean()) for v in values)
+    layers = linear_layers(model)
+    largest = max(float(torch.linalg.matrix_norm(layer.weight.detach().double(), 2)) for layer in layers)
+    return times[5:], largest, min(share_above(layer, 0.95) for layer in layers)
 
 
 def main() -> None:
