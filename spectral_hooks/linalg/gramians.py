@@ -63,21 +63,28 @@ def rounding(rows: int, columns: int, dtype: torch.dtype) -> float:
 def largest_pairs(grams: Tensor, level: float, number: int, degree: int) -> Pairs:
     """The largest eigenpairs of matrices `(n, rows, rows)` from a space in which those above `level` were made large.
 
-    A block from a fixed seed times the Chebyshev polynomial of this degree that is at most 1 on `[0, level]`; at `(1 + 2e) level` it
-    is `cosh(2 degree √e)` or so. The values are estimates from below: eigenvalues near the level may be missed, by little.
-    Matrices whose products overflow get pairs without meaning.
+    A block from a fixed seed times two Chebyshev polynomials of half of this degree that are at most 1 on `[0, level]`; at
+    `(1 + e) level` they are `cosh(degree √e)²` or so. The values are estimates from below: eigenvalues near the level may be missed,
+    by little. Matrices whose products overflow get pairs without meaning.
     """
-    start = torch.randn(grams.shape[1], number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before = start.to(grams).expand(len(grams), -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(grams.shape[1], number, generator=generator, dtype=torch.float64).to(grams).expand(len(grams), -1, -1)
     step = grams * (4 / level)
     step.diagonal(dim1=-2, dim2=-1).sub_(2)
-    now = torch.bmm(step, before) / 2
+    # at once, those that are far above would leave nothing of the others' digits
+    for _ in range(2):
+        block = torch.linalg.qr(_chebyshev(step, block, -(-degree // 2)).nan_to_num(0.0, 0.0, 0.0)).Q
+    small = (block.mT @ (grams @ block)).nan_to_num(0.0, 0.0, 0.0)
+    values, turn = torch.linalg.eigh((small + small.mT) / 2)
+    return Pairs(values, block @ turn)
+
+
+def _chebyshev(step: Tensor, block: Tensor, degree: int) -> Tensor:
+    """The Chebyshev polynomial of half of `step`, times a block, up to a factor for each matrix."""
+    before, now = block, torch.bmm(step, block) / 2
     for count in range(1, degree):
         before, now = now, torch.baddbmm(before, step, now, beta=-1)
         if count % _SCALED == 0:
             size = now.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(now.dtype).tiny)
             before, now = before / size, now / size
-    basis = torch.linalg.qr(now.nan_to_num(0.0, 0.0, 0.0)).Q
-    small = (basis.mT @ (grams @ basis)).nan_to_num(0.0, 0.0, 0.0)
-    values, turn = torch.linalg.eigh((small + small.mT) / 2)
-    return Pairs(values, basis @ turn)
+    return now

@@ -12,7 +12,7 @@ weight: the depth of a clip pays for what rounding takes, which is bounded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, inf, log2
+from math import ceil, floor, inf, log2
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,11 @@ _MODERATE, _RANGE = 20, 300
 _ROUNDING_SHARE = 0.75
 #: Estimates of squares closer to the bound than this do not tell on which side of it they are, in eps.
 _UNSURE = 100
-#: The degree of the polynomial that singles out what is above the depth is this over its root.
-_SHARPNESS = 2.0
+#: The degree of the polynomial that singles out the largest is this over the root of the depth, and it is small below this share
+#: of the depth.
+_SHARPNESS, _SINGLED = 2.6, 0.75
+#: The least number of singular values that are looked for, and how many more than were above the last time.
+_LEAST, _MORE = 24, 16
 
 
 class Few(NamedTuple):
@@ -115,7 +118,7 @@ def clip_few(
 
 def block_for(above: int) -> int:
     """Among how many singular values those above the bound are looked for, where so many were above the last time."""
-    return 8 * ceil(max(1.5 * above + 8, 16) / 8)
+    return 8 * ceil(max(1.5 * above + _MORE, _LEAST) / 8)
 
 
 def _is_single(batch: Tensor, c: float, depth: float) -> bool:
@@ -139,7 +142,10 @@ def _some(x: Tensor, chosen: list[int]) -> Tensor:
 
 def _grams(values: Tensor, c: float) -> Gramians:
     """Of the matrices over the bound."""
-    gram, squares, error = gramians(values if values.shape[1] <= values.shape[2] else values.mT)
+    unit = 2.0 ** floor(log2(c)) if not 0.5 < c < 2 else 1.0  # a power of two, so that nothing is rounded
+    scaled = values / unit if unit != 1 else values
+    gram, squares, error = gramians(scaled if scaled.shape[1] <= scaled.shape[2] else scaled.mT)
+    c /= unit
     if c == 1:
         return Gramians(gram, squares, error)
     squares, error = squares / c / c, error / c / c
@@ -164,7 +170,7 @@ def _clip(parts: list[_Part], numbers: list[int], c: float, depth: float, found:
     clipped, verdicts = [], []
     for part, number in zip(parts, numbers, strict=True):
         rows = part.grams.gram.shape[1]
-        pairs = largest_pairs(part.grams.gram, (1 - depth) ** 2, min(number, rows), ceil(_SHARPNESS / depth**0.5))
+        pairs = largest_pairs(part.grams.gram, (1 - _SINGLED * depth) ** 2, min(number, rows), ceil(_SHARPNESS / depth**0.5))
         above = pairs.values > 1 + _UNSURE * torch.finfo(pairs.values.dtype).eps
         stored, grams = _cut(part, pairs, above[:, -1], c, 1 - depth)
         clipped.append(stored)

@@ -3,7 +3,7 @@
     python tests/benchmarks/transformer.py [--lr 1e-3] [--steps 20] [--threads 1] [--only default]
 
 Six layers of width 384, batch 8×256, AdamW. Every linear layer starts orthogonal, so that all singular values are at the bound.
-At the end the largest norm is shown, and the least share of a layer's singular values above 0.95.
+The runs take their steps in turn, so that other work on the machine disturbs all alike. For `every=10` only the mean tells. At the end the largest norm is shown, and the least share of a layer's singular values above 0.95.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import spectral_hooks as sh
 
 WIDTH, LAYERS, HEADS, LENGTH, BATCH, LETTERS = 384, 6, 6, 256, 8, 256
+#: Steps that are not counted.
+FIRST = 5
 SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "slack=0": {"slack": 0}, "every=10": {"every": 10}}
 
 
@@ -39,8 +41,9 @@ class Block(nn.Module):
 def gpt() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(LETTERS, WIDTH), *(Block() for _ in range(LAYERS)), nn.Linear(WIDTH, LETTERS))
-    for layer in linear_layers(model):
-        nn.init.orthogonal_(layer.weight)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.orthogonal_(module.weight)
     return model
 
 
@@ -59,24 +62,31 @@ def share_above(layer: nn.Linear, level: float) -> float:
     return float((torch.linalg.svdvals(layer.weight.detach().double()) > level).double().mean())
 
 
-def run(settings: dict[str, Any] | None, lr: float, steps: int) -> tuple[list[float], float, float]:
-    """Times of steps after five others, the largest norm, and the least share of singular values above 0.95."""
-    model, generator = gpt(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    if settings is not None:
-        sh.SpectralClip(1.0, **settings).attach(model, optimizer)
-    times = []
-    for _ in range(steps + 5):
-        letters = batch(generator)
+class Run:
+    """A model in training, with a hook or without."""
+
+    def __init__(self, settings: dict[str, Any] | None, lr: float) -> None:
+        self.model, self.generator = gpt(), torch.Generator().manual_seed(0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+        self.hook = None if settings is None else sh.SpectralClip(1.0, **settings)
+        if self.hook is not None:
+            self.hook.attach(self.model, self.optimizer)
+
+    def step(self) -> float:
+        """The processor time of a training step."""
+        letters = batch(self.generator)
         start = time.process_time()
-        loss = F.cross_entropy(model(letters[:, :-1]).flatten(0, 1), letters[:, 1:].flatten())
-        optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(letters[:, :-1]).flatten(0, 1), letters[:, 1:].flatten())
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        times.append(time.process_time() - start)
-    layers = linear_layers(model)
-    largest = max(float(torch.linalg.matrix_norm(layer.weight.detach().double(), 2)) for layer in layers)
-    return times[5:], largest, min(share_above(layer, 0.95) for layer in layers)
+        self.optimizer.step()
+        return time.process_time() - start
+
+    def spectrum(self) -> tuple[float, float]:
+        """The largest norm, and the least share of a layer's singular values above 0.95."""
+        layers = linear_layers(self.model)
+        largest = max(float(torch.linalg.matrix_norm(layer.weight.detach().double(), 2)) for layer in layers)
+        return largest, min(share_above(layer, 0.95) for layer in layers)
 
 
 def main() -> None:
@@ -87,16 +97,29 @@ def main() -> None:
     parser.add_argument("--only", choices=SETTINGS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    print(f"torch {torch.__version__}, {chosen.threads} threads, AdamW {chosen.lr}, mean of {chosen.steps} steps")
-    print("| hook | s a step | over plain | largest norm | least share above 0.95 |\n|---|---|---|---|---|")
-    plain = 0.0
-    for name, settings in {"none": None, **SETTINGS}.items():
-        if settings is not None and chosen.only not in (None, name):
-            continue
-        times, largest, share = run(settings, chosen.lr, chosen.steps)
-        mean = statistics.mean(times)
-        plain = plain or mean
-        print(f"| {name} | {mean:.3f} | {mean / plain - 1:+.0%} | {largest:.4f} | {share:.0%} |", flush=True)
+    names = [None, *(name for name in SETTINGS if chosen.only in (None, name))]
+    runs = {name: Run(None if name is None else SETTINGS[name], chosen.lr) for name in names}
+    times: dict[str | None, list[float]] = {name: [] for name in names}
+    clips = dict.fromkeys(names, 0)
+    for step in range(-FIRST, chosen.steps):
+        for name, run in runs.items():
+            seconds = run.step()
+            if step >= 0:
+                times[name].append(seconds)
+                clips[name] += 0 if run.hook is None else run.hook.clipped
+    print(f"torch {torch.__version__}, {chosen.threads} threads, AdamW {chosen.lr}, {chosen.steps} steps after {FIRST}")
+    print("| hook | s a step, mean | over plain, mean | median | clips a step | largest norm | least share above 0.95 |")
+    print("|---|---|---|---|---|---|---|")
+    plain = times[None]
+    for name, run in runs.items():
+        largest, share = run.spectrum()
+        mean = statistics.mean(times[name])
+        middle = statistics.median(one / other for one, other in zip(times[name], plain, strict=True))
+        print(
+            f"| {name} | {mean:.3f} | {mean / statistics.mean(plain) - 1:+.1%} | {middle - 1:+.1%} "
+            f"| {clips[name] / chosen.steps:.1f} | {largest:.4f} | {share:.0%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
