@@ -12,6 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ..linalg import taps
 from ..linalg.krylov import seen_above
 from ..linalg.precision import at_least_float32, exact
 from ..linalg.scaling import check_finite
@@ -108,7 +109,10 @@ def _prove_circular(op: KernelOperator, level: float) -> Tensor:
 
 def _prove_lattice(op: KernelOperator, level: float) -> Tensor:
     form = op.canonical_form()
-    return lattice_norms(form.kernel, usual_rtol(form.kernel), level / form.factor) < inf
+    seen = taps.seen_above(form.kernel, level / form.factor).cpu()
+    if seen.all():
+        return ~seen
+    return (lattice_norms(form.kernel, usual_rtol(form.kernel), level / form.factor) < inf) & ~seen
 
 
 def _prove_finite(op: KernelOperator, level: float) -> Tensor:

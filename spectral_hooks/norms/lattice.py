@@ -26,6 +26,7 @@ from ..linalg.gram import Gram
 from ..linalg.lanczos import norms
 from ..linalg.scaling import normalized
 from ..linalg.symbols import trim
+from ..linalg.taps import AppliedSymbol
 from ..linalg.threads import calm
 from .cells import Cells, angle_of, cells_at
 from .cover import ROUNDING_SHARE, covering, in_chunks, proven_below
@@ -39,7 +40,9 @@ _CLOSE_CALL_BUDGET, _SMALL_CLOSE_CALL_BUDGET = 1 << 15, 1 << 21
 _DOUBTFUL = 1e-4
 #: The angle of the cells whose centres are the sample, and of those that judge what has room to spare.
 _SAMPLED, _JUDGED = 0.6, 0.7
-#: Up to this `rtol` it pays to climb from the sample; else its largest value is as good.
+#: From more rows on the sample is that of the symbols, by so many Krylov steps, and not of their Gram matrices.
+_FEW_ROWS, _SAMPLE_STEPS = 64, 10
+#: Up to this `rtol` it pays to climb from the sample; else its largest value is as good, but for large symbols.
 _WITHIN_SAMPLE = 4e-3
 #: Surviving cells per level at whose centres the norm is found.
 _LEADERS = 8
@@ -75,7 +78,7 @@ def lattice_norm(kernel: Tensor, rtol: float = 1e-3, target: float | None = None
     elif degree.numel() and min(kernel.shape[1:3]) == 1:
         found = _of_rows(kernel, rtol, goal)
     elif degree.numel():
-        found = _Search(Gram(kernel), degree, rtol, goal, limit / scale).found()
+        found = _Search(kernel, degree, rtol, goal, limit / scale).found()
     elif goal is not None:
         gram = Gram(kernel)
         proven = proven_below(gram, gram, cells_at(degree[None], degree, gram.groups), goal**2, ROUNDING_SHARE * goal**2).all()
@@ -129,8 +132,9 @@ def _of_rows(kernel: Tensor, rtol: float, goal: float | None) -> LatticeNorm:
 class _Search:
     """Branch and bound: what is known of the supremum, from below by the best peak, and from above by the cells that are left."""
 
-    def __init__(self, gram: Gram, degree: Tensor, rtol: float, goal: float | None, limit: float) -> None:
-        self.gram, self.degree, self.rtol, self.goal, self.limit = gram, degree, rtol, goal, limit
+    def __init__(self, kernel: Tensor, degree: Tensor, rtol: float, goal: float | None, limit: float) -> None:
+        self.kernel, self.degree, self.rtol, self.goal, self.limit = kernel, degree, rtol, goal, limit
+        gram = self.gram = Gram(kernel)
         #: In which peaks are looked for, and what is far from the bound is proven.
         self.quick = gram.single() if rtol > 1e-4 else gram
         low, high = gram.extent()
@@ -171,11 +175,11 @@ class _Search:
         """Look for the peak, by a sample and by climbing from it, and choose the first cells; None if no proof is called for."""
         quick, degree = self.quick, self.degree
         sample = covering(self.gram, degree, _SAMPLED)
-        squared = torch.cat([norms(quick(p.group, p.centre), steps=KRYLOV_STEPS) for p in in_chunks(quick, sample)])
+        squared = self._sampled(sample)
         self.best = self.best.or_at(squared, sample)
         if self._is_hopeless() or self._is_settled():
             return None
-        if self.rtol < _WITHIN_SAMPLE:
+        if self.rtol < _WITHIN_SAMPLE or self.gram.size > _FEW_ROWS:
             highest = sample.at(squared.topk(min(CLIMBERS, len(squared))).indices)
             self.best = climb(quick, degree, highest, self.best, least=0.0)
         if self._is_settled():
@@ -189,6 +193,15 @@ class _Search:
         finest = acos(min(above_low(bound / (1 + self.rtol)), 1 - 1e-15))
         ratios = [above_low(norm) for norm in squared.sqrt().tolist()]
         return covering(self.gram, degree, _first_angle(ratios, finest, degree.numel()))
+
+    def _sampled(self, sample: Cells) -> Tensor:
+        """Estimates of the squared norms at the centres, which every group has alike."""
+        if self.gram.size > _FEW_ROWS:
+            # in float32 where the Gram matrices are: it is no proof
+            symbol = AppliedSymbol(self.kernel.to(self.quick.even), sample.centre[: len(sample.group) // self.gram.groups])
+            return symbol.top(symbol.start(), _SAMPLE_STEPS)[0].square().flatten().to(self.kernel)
+        parts = in_chunks(self.quick, sample)
+        return torch.cat([norms(self.quick(p.group, p.centre), steps=KRYLOV_STEPS) for p in parts])
 
     def _proven(self, cells: Cells) -> bool:
         """Whether no cell is left in which the supremum can exceed the bound, which may rise meanwhile."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..linalg.precision import exact, float32_is_kept
 from ..linalg.scaling import normalized
+from ..norms.bracket import usual_rtol
 from ..operators.arguments import on_kernel
 from ..operators.base import KernelOperator, is_whole
 from .arguments import check_max_norm
@@ -21,6 +22,8 @@ from .settle import in_dtype, settled
 _SINGLE_FROM, _SINGLE_ROUNDS = 32, 8
 #: Only in dtypes as fine as this a clip that rounding has taken farther than scaling is preferred to that; what a proof needs.
 _FINE, _PROVEN = 1e-6, 1e-10
+#: What a certificate may add to the distance, and its largest width.
+_WIDTH, _WIDEST = 0.01, 0.02
 #: What is measured in float32 may be too large by this.
 _SINGLE_ERROR = 1e-6
 
@@ -86,7 +89,8 @@ def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
     kernel, scale = normalized(op.canonical())
     rough = _rough(op, kernel, rounds)
     clipped, peak = clip_kernel(op, kernel.float() if rough else kernel, max_norm / scale, rounds)
-    clipped = settled(op, op.from_canonical(clipped.to(kernel)), scale, max_norm)[0]
+    clipped = clipped.to(kernel)
+    clipped = settled(op, op.from_canonical(clipped), scale, max_norm, _width(kernel, clipped))[0]
     moved = _distances(clipped, op, scale) - _tie(op, clipped, scale)
     if op.kind == "lattice" or (op.kind != "finite" and op.is_pointwise):
         # the norm is no smaller than the peak, so scaling leaves at most this share; and rounding is monotone, so at least this
@@ -98,6 +102,15 @@ def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
     scaled = rescale(op, max_norm)
     nearer = (moved <= _distances(scaled, op, scale)).repeat_interleave(len(scaled) // len(moved)).to(scaled.device)
     return torch.where(nearer.reshape(-1, *(1,) * (scaled.ndim - 1)), clipped, scaled)
+
+
+def _width(kernel: Tensor, clipped: Tensor) -> float:
+    """The relative width of the certificate: the usual one, or a share of how far the clip has gone where that is more.
+
+    Scaling by it takes the kernel farther by no more than this share of its distance, and it costs some `1 / width`.
+    """
+    moved, length = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (clipped - kernel, clipped))
+    return max(usual_rtol(kernel), min(_WIDTH * float((moved / length.clamp(min=1e-300)).amin()), _WIDEST))
 
 
 def _tie(op: KernelOperator, clipped: Tensor, scale: float) -> Tensor | float:

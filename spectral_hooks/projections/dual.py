@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf, sqrt
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-from ..linalg.scaling import each
+from ..linalg.taps import AppliedSymbol
 from ..norms.lattice import lattice_norm
 from ..norms.spectral_norm import spectral_norm
 from ..operators.base import KernelOperator
 from .excess import excess_over, few_over
 from .frequencies import FrequencyGrid
+from .rounds import proximal_rounds
+from .stretch import combined, stretched
 
 #: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`: for up to 32 channels, and for more.
 _OVERSAMPLING = (6, 4)
-#: How far to go along a correction.
-_STRETCHES = (0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)
+#: Those of a checkerboard, for more than 32 channels and for more than 256, and the least per axis; none up to this ratio of norm
+#: to bound, where what is outside lies at few frequencies, which it may miss.
+_CHECKERBOARD, _LEAST, _MANY, _FAR = (5, 4), 6, 256, 1.5
+#: Krylov steps that tell.
+_GLANCES = 4
+#: Symbols of more rows and columns than this are stretched by estimates of their norms.
+_SMALL_SYMBOLS = 32
 #: What the clip of a matrix may be off by, relative to the level: as its dtype's rounding, but no more and no less than these.
 _FINEST, _COARSEST = 1e-10, 1e-7
 #: Levels above this share of the norm need no decomposition in any precision.
@@ -30,45 +37,46 @@ def clip_kernel(
 ) -> tuple[Tensor, Tensor]:
     """The kernel after `rounds` on the dual problem, nearly inside, and per group the largest norm of the original on the grid.
 
-    With `E` the symbol on the grid, over the root of the number of frequencies, and `E*` its adjoint, which crops to the taps,
-    the dual of the projection is to minimize `½ ‖K₀ - E* Y‖² + c ‖Y‖_nuclear` over blocks `Y`, one for each frequency, with
-    `K = K₀ - E* Y`. A round is a proximal step, which takes the excess of `Y + τ E K` over `τ c`, and a line search. At the end
-    the correction may `stretch`, which pays where it is large. Every group is a problem of its own, with steps of its own.
+    At the end the correction may `stretch`, which pays where it is large.
     """
     if op.is_pointwise:
         return _clip_matrices(kernel, max_norm / op.lattice_factor, op.dtype)
     sizes, level = _clip_grid(op, kernel, max_norm)
     if _crops_nothing(op, kernel, sizes):  # one step is all
         rounds, stretch = 1, False
-    grid = FrequencyGrid(sizes, kernel)
-    counts, crop = grid.shares, _cropping(op, kernel, grid)
+    support = (op.with_weight(torch.ones_like(op.weight)).canonical() != 0).to(kernel.device)
+    if kernel.shape[1] > kernel.shape[2]:  # the transpose has the same singular values, and fewer rows
+        kernel, support = kernel.transpose(1, 2), support.transpose(1, 2)
+    grid = _grid(op, kernel, sizes, level)
+    found = proximal_rounds(kernel, grid, lambda symbols: grid.adjoint(symbols) * support, level, rounds)
+    clipped = found.kernel
+    if stretch:
+        fine = sizes if op.kind == "circular" else tuple(2 * n if n > 1 else 1 for n in sizes)
+        if grid.fast or kernel.shape[1] <= _SMALL_SYMBOLS:
+            clipped = stretched(kernel, kernel - clipped, level, FrequencyGrid(fine, kernel))
+        else:
+            theta = FrequencyGrid(fine, kernel, checkerboard=op.kind != "circular" and _has_two_axes(sizes)).theta
+            clipped = combined(kernel, kernel - clipped, kernel - found.before, level, theta)
+    return clipped if clipped.shape == op.canonical_shape else clipped.transpose(1, 2), found.peak
 
-    def step_length(change: Tensor, cropped: Tensor) -> Tensor:
-        """Barzilai & Borwein's: large where the change lies at few frequencies, since a crop spreads those over all."""
-        spread = _squares(cropped)
-        return torch.where(spread > 0, counts @ torch.view_as_real(change).square().flatten(2).sum(2) / spread, 1.0)
 
-    excess, sums, peak = excess_over(grid.symbols(kernel), level)
-    if not bool((peak > level).any()):  # what little the kernel is outside lies between these frequencies
-        return kernel, peak
-    tau = step_length(excess, crop(excess))
-    dual, nuclear = excess.mul_(each(tau)), tau * (counts @ sums)
-    weight = kernel - crop(dual)
-    for _ in range(rounds - 1):
-        excess, sums, _ = excess_over(grid.symbols(weight).mul_(each(tau)).add_(dual), tau * level)
-        change, growth = excess.sub_(dual), counts @ sums - nuclear
-        cropped = crop(change)
-        length = _squares(cropped)
-        moving = length > 1e-24 * _squares(kernel)
-        if not bool(moving.any()):
-            break
-        # the nuclear norm is convex: along the segment it is at most its chord, and the rest is a parabola
-        share = (((weight * cropped).flatten(1).sum(1) - level * growth) / length).clamp(0, 1)
-        share = torch.where(moving, share, 0.0)
-        tau = step_length(change, cropped).clamp(min=1)
-        dual, nuclear = dual.add_(change.mul_(each(share))), nuclear + share * growth
-        weight = weight - each(share, kernel.ndim - 1) * cropped
-    return (_extended(op, kernel, kernel - weight, level, sizes) if stretch else weight), peak
+def _grid(op: KernelOperator, kernel: Tensor, sizes: tuple[int, ...], level: float) -> FrequencyGrid:
+    """The frequencies for the rounds."""
+    if op.kind == "circular" or kernel.shape[1] <= _SMALL_SYMBOLS or not _has_two_axes(sizes):
+        return FrequencyGrid(sizes, kernel)
+    oversampling = _CHECKERBOARD[kernel.shape[1] > _MANY]
+    even = tuple(max(oversampling * (k - 1) + oversampling * (k - 1) % 2, _LEAST) if k > 1 else 1 for k in kernel.shape[3:])
+    grid = FrequencyGrid(even, kernel, checkerboard=True)
+    if grid.fast:
+        return FrequencyGrid(sizes, kernel)
+    symbol = AppliedSymbol(kernel, grid.theta)
+    norms, _ = symbol.top(symbol.start(), _GLANCES)
+    return grid if bool((norms.amax(1) > _FAR * level).all()) else FrequencyGrid(sizes, kernel)
+
+
+def _has_two_axes(sizes: tuple[int, ...]) -> bool:
+    """Whether a checkerboard can be laid over the first two."""
+    return len(sizes) > 1 and min(sizes[:2]) > 1
 
 
 def _clip_matrices(kernel: Tensor, level: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,11 +89,6 @@ def _clip_matrices(kernel: Tensor, level: float, dtype: torch.dtype) -> tuple[Te
         return kernel - excess.reshape(kernel.shape), peak
     u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
     return (u * sigma.clamp(max=level).unsqueeze(-2) @ vh).reshape(kernel.shape), peak
-
-
-def _squares(kernel: Tensor) -> Tensor:
-    """Squared Frobenius norms of the groups."""
-    return kernel.square().flatten(1).sum(1)
 
 
 def grid_symbols(op: KernelOperator, kernel: Tensor) -> Tensor:
@@ -111,27 +114,6 @@ def _cropping(op: KernelOperator, kernel: Tensor, grid: FrequencyGrid) -> Callab
 def _crops_nothing(op: KernelOperator, kernel: Tensor, sizes: tuple[int, ...]) -> bool:
     """Whether every symbol on the grid is that of a kernel: of a circular operator with as many frequencies as taps."""
     return op.kind == "circular" and sizes == tuple(kernel.shape[3:]) and kernel.numel() == op.weight.numel()
-
-
-def _extended(op: KernelOperator, kernel: Tensor, correction: Tensor, level: float, sizes: tuple[int, ...]) -> Tensor:
-    """`K₀ - t D` for the correction `D` so far and the `t` that ends nearest to `K₀` after the scaling that is still needed.
-
-    A few rounds correct too little, most of all between the frequencies of their grid. Going on in the same direction costs far
-    less than scaling everything.
-    """
-    fine = sizes if op.kind == "circular" else tuple(2 * n if n > 1 else 1 for n in sizes)
-    grid = FrequencyGrid(fine, kernel)
-    best, shortest = kernel, _squares(kernel) + inf
-    nearing = torch.ones_like(shortest, dtype=torch.bool)
-    for t in _STRETCHES:
-        trial = kernel - t * correction
-        trial = trial * each((level / grid.norms(trial)).clamp(max=1), kernel.ndim - 1)
-        distance = _squares(trial - kernel)
-        nearing = nearing & (distance < shortest)
-        if not bool(nearing.any()):
-            break
-        best, shortest = torch.where(each(nearing, kernel.ndim - 1), trial, best), torch.where(nearing, distance, shortest)
-    return best
 
 
 def _clip_grid(op: KernelOperator, kernel: Tensor, max_norm: float) -> tuple[tuple[int, ...], float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from math import prod
+from math import pi, prod
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class FrequencyGrid:
     for many taps an FFT.
     """
 
-    def __init__(self, sizes: tuple[int, ...], kernel: Tensor) -> None:
+    def __init__(self, sizes: tuple[int, ...], kernel: Tensor, *, checkerboard: bool = False) -> None:
         self.sizes, self.taps = sizes, tuple(kernel.shape[3:])
         self.axes = tuple(range(len(sizes)))
         self.fast = prod(self.taps) > _FEW_TAPS and all(n >= k for n, k in zip(sizes, self.taps, strict=True))
@@ -36,14 +36,18 @@ class FrequencyGrid:
             counts = counts.expand(self.half).flatten()
         else:
             theta, counts = half_plane(sizes, kernel)
-            self._theta = theta
+            if checkerboard:
+                index = (theta[:, :2] * (theta.new_tensor(sizes[:2]) / (2 * pi))).round().sum(1)
+                theta, counts = theta[index % 2 == 0], 2 * counts[index % 2 == 0]
+            #: The frequencies, `(n, d)`; of an FFT's there is no list.
+            self.theta = theta
         #: What share of all frequencies each stands for.
         self.shares = counts / prod(sizes)
 
     def symbols(self, kernel: Tensor) -> Tensor:
         """`F(θ)` of every group: `(frequencies, groups, rows, columns)`."""
         if not self.fast:
-            return symbol(kernel, self._theta)
+            return symbol(kernel, self.theta)
         last = tuple(range(-len(self.sizes), 0))
         return self._transform(kernel).movedim(last, self.axes).flatten(0, len(self.sizes) - 1).contiguous()
 
@@ -63,7 +67,7 @@ class FrequencyGrid:
 
     @cached_property
     def _waves(self) -> tuple[Tensor, Tensor]:
-        angles = product([torch.arange(k) for k in self.taps], self._theta) @ self._theta.T
+        angles = product([torch.arange(k) for k in self.taps], self.theta) @ self.theta.T
         return angles.cos() * self.shares, angles.sin() * self.shares
 
     def norms(self, kernel: Tensor) -> Tensor:
