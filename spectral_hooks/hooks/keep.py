@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, prod, sqrt
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ..operators.base import Grid, KernelOperator
 from ..projections.dual import clip_kernel
 from ..projections.settle import settle
 from .keep_matrices import kept_matrices
+from .keep_small import Move, are_small, kept_small
 from .watch import Job, alike
 
 #: How much deeper than the bound weights are clipped at most, relative to it, unless it is said: kernels, whose certificates cost
@@ -31,13 +31,6 @@ _NEAR = 1.2
 _LEAST_DEPTH, _WIDE = 0.005, 64
 #: How often a clip that is not proven inside is scaled by a little, before it is measured.
 _ATTEMPTS = 2
-
-
-class _Move(NamedTuple):
-    """By how much a weight moves per projection at most, and how deep to clip it, both relative to the bound."""
-
-    pace: float
-    depth: float
 
 
 @full_precision
@@ -76,6 +69,23 @@ def _moves(job: Job, kernel: Tensor) -> bool:
 
 def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
     """`keep_inside` of a batch of one canonical shape, of weights that have moved, with their canonical kernels."""
+    if are_small(kernels.shape):
+        return _kept_small(jobs, kernels, max_norm, rounds, slack)
+    return _kept_one_by_one(jobs, kernels, max_norm, rounds, slack)
+
+
+def _kept_small(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
+    """The same of small kernels: all that can be is done at once."""
+    moves = [_move(job, kernels.shape, max_norm, slack) for job in jobs]
+    found = kept_small(jobs, moves, max_norm)
+    left = [i for i, job in enumerate(found) if job is None]
+    members = kernels.unflatten(0, (len(jobs), -1))[left].flatten(0, 1)
+    others = iter(_kept_one_by_one([jobs[i] for i in left], members, max_norm, rounds, slack) if left else [])
+    return [next(others) if job is None else job for job in found]
+
+
+def _kept_one_by_one(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
+    """The same, where what is outside is clipped one after the other."""
     results, moves = list(jobs), [_move(job, kernels.shape, max_norm, slack) for job in jobs]
     outside: dict[int, KernelOperator] = {}
     groups = kernels.unflatten(0, (len(jobs), -1))
@@ -102,12 +112,12 @@ def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack:
     return results
 
 
-def _move(job: Job, shape: torch.Size, max_norm: float, slack: float) -> _Move:
+def _move(job: Job, shape: torch.Size, max_norm: float, slack: float) -> Move:
     """Of a job whose canonical kernel has this shape."""
     pace = _pace(job, max_norm)
     # for a room `x` the certificates of a convolution cost some `pace / x²` a step, and more for wide ones; a matrix's little
     wish = sqrt(pace * max(min(shape[1:3]) / _WIDE, 1))
-    return _Move(pace, 0.0 if prod(shape[3:]) == 1 else min(max(wish, _LEAST_DEPTH), slack))
+    return Move(pace, 0.0 if prod(shape[3:]) == 1 else min(max(wish, _LEAST_DEPTH), slack))
 
 
 def _pace(job: Job, max_norm: float) -> float:
@@ -119,7 +129,7 @@ def _to_the_bound(job: Job, max_norm: float, rounds: int) -> Job:
     return job.changed(projections.clip(job.op, max_norm, rounds=rounds), max_norm)
 
 
-def _certified(ops: list[KernelOperator], kernels: Tensor, moves: list[_Move], max_norm: float) -> list[tuple[float, float]]:
+def _certified(ops: list[KernelOperator], kernels: Tensor, moves: list[Move], max_norm: float) -> list[tuple[float, float]]:
     """Relative to the bound, estimates of the norms and what they are proven not to exceed, at most 1, or infinity."""
     if not ops:
         return []
