@@ -69,7 +69,7 @@ def _moves(job: Job, kernel: Tensor) -> bool:
 
 def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
     """`keep_inside` of a batch of one canonical shape, of weights that have moved, with their canonical kernels."""
-    if are_small(kernels.shape):
+    if are_small(kernels.shape) and jobs[0].op.frequency_grid is None:
         return _kept_small(jobs, kernels, max_norm, rounds, slack)
     return _kept_one_by_one(jobs, kernels, max_norm, rounds, slack)
 
