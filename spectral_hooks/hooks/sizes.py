@@ -25,6 +25,9 @@ from .share import of_all_processes
 #: What a model is run with: a tensor, its arguments, its keyword arguments, or a function that runs it.
 Example = Tensor | Sequence[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
 
+#: In the place of the size of an input whose axes are not known.
+_UNKNOWN: tuple[int, ...] = ()
+
 
 @dataclass(frozen=True)
 class Blank:
@@ -127,7 +130,7 @@ def recorded(
     if errors := [message for _, message in everyone if message is not None]:
         raise ValueError(errors[0])
     met = {name: set[tuple[int, ...]]().union(*(each[name] for each, _ in everyone)) for name in seen}
-    return {name: _merged(convolutions[name][1], sizes) for name, sizes in met.items() if sizes}
+    return {name: _merged(convolutions[name][1], sizes) for name, sizes in met.items() if sizes and _UNKNOWN not in sizes}
 
 
 def _recording(sizes: set[tuple[int, ...]], op: ConvOperator) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -136,8 +139,8 @@ def _recording(sizes: set[tuple[int, ...]], op: ConvOperator) -> Callable[[nn.Mo
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and x.ndim > dims and x.shape[-dims - 1] == channels:
-            sizes.add(tuple(map(int, x.shape[-dims:])))
+        shape = tuple(map(int, x.shape)) if isinstance(x, Tensor) else ()
+        sizes.add(shape[-dims:] if len(shape) > dims and shape[-dims - 1] == channels else _UNKNOWN)
 
     return record
 
