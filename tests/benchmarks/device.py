@@ -180,10 +180,8 @@ def network_rows(name: str, small: bool, dtype: torch.dtype, device: torch.devic
 def show(what: str, shape: str, dtype: torch.dtype, found: Cost | str) -> None:
     name = str(dtype).removeprefix("torch.")
     if isinstance(found, Cost):
-        print(
-            f"| {what} | {shape} | {name} | {1e3 * found.seconds:.2f} | {1e3 * found.longest:.2f} | {found.operations} | {found.waits} |",
-            flush=True,
-        )
+        times = f"{1e3 * found.seconds:.2f} | {1e3 * found.longest:.2f}"
+        print(f"| {what} | {shape} | {name} | {times} | {found.operations} | {found.waits} |", flush=True)
     else:
         print(f"| {what} | {shape} | {name} | {found} | | | |", flush=True)
 
