@@ -214,7 +214,8 @@ class SpectralClipCallback(HookCallback):
 
     Guaranteed: the bound holds when training starts, after every `every`-th update, and in the model that `fit` leaves,
     averages of `use_ema=True` included. With `every=1` it also holds for the averages that `ema_overwrite_frequency` and
-    `SwapEMAWeights` put into the model. Keras saves no state of callbacks: a run that is loaded and continued equals an
+    `SwapEMAWeights` put into the model; with `every="auto"` when validation begins and an epoch ends.
+    Keras saves no state of callbacks: a run that is loaded and continued equals an
     uninterrupted one with `slack=0`, else it is within the slack.
 
     Args:

@@ -171,7 +171,8 @@ class SpectralClip(HookCallback):
 
     Guaranteed: the bound holds when training starts, after every `every`-th optimizer step, and in the model that `fit` leaves.
     With `every=1` it also holds in every checkpoint, wherever in the list callbacks stand that change weights between steps
-    (pruning, averaging).
+    (pruning, averaging). With `every="auto"` it holds in what is validated and saved too, but for averages that other callbacks
+    save, and for checkpoints of weights alone within an epoch (`save_weights_only`), of which Lightning tells no callback.
 
     Args:
         max_norm, layers, exclude, every, rounds, projection, slack, schedule, batch_norm, split, lora, distribute, example: as

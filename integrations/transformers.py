@@ -158,6 +158,7 @@ class SpectralClip(HookCallback):
 
     Guaranteed: the bound holds when training begins, after every `every`-th update, in the last checkpoint and in the model that
     `train` leaves; with `every=1` in every checkpoint (PEFT's hold adapters only, to be laid on the projected model).
+    With `every="auto"` it also holds in what is evaluated and saved; list callbacks that ask for that themselves before this.
     A run that is resumed with the same settings from a checkpoint in its own `output_dir` equals an uninterrupted one bit for
     bit. One from elsewhere, or with `save_only_model`, does not know the weights that were certified before: with `slack=0` it
     equals the uninterrupted one too, else it is within the slack. Frozen weights are left as they are.
