@@ -17,8 +17,30 @@ import spectral_hooks as sh
 from spectral_hooks.norms.quick import quick, quick_with_direction
 from spectral_hooks.parametrizations import rescaled
 
-#: A layer for each way of the proofs, too: many symbols in float32, one matrix in float32, one in float64.
-LAYERS = {**WAYS, "symbols": lambda: nn.Conv2d(40, 33, 3, padding=1), "high matrix": lambda: nn.Linear(80, 130)}
+#: A layer for each way: a solver's grids and matrices; proofs of many symbols in float32, and of matrices in either precision.
+LAYERS = {
+    "grid of 8": lambda: nn.Conv2d(4, 6, 3),
+    "grid of 4": lambda: nn.Conv2d(48, 40, 3, bias=False),
+    "strided": lambda: nn.Conv2d(20, 12, 3, stride=2, padding=1),
+    "large kernel": lambda: nn.Conv2d(3, 8, 7, stride=2),
+    "depthwise": lambda: nn.Conv2d(24, 24, 5, groups=24),
+    "grouped": lambda: nn.Conv2d(16, 24, 3, groups=4),
+    "symbols": lambda: nn.Conv2d(40, 33, 3, padding=1),
+    "groups of symbols": lambda: nn.Conv1d(40, 60, 3, groups=2),
+    "wide": lambda: nn.Conv2d(80, 96, 3),
+    "wide, transposed": lambda: nn.ConvTranspose2d(96, 72, 3, stride=1),
+    "wide groups": lambda: nn.Conv1d(150, 210, 3, groups=2),
+    "volume": lambda: nn.Conv3d(5, 4, 3),
+    "1×1": lambda: nn.Conv2d(12, 20, 1),
+    "patches": lambda: nn.Conv2d(3, 70, 4, stride=4),
+    "matrix": lambda: nn.Linear(13, 7),
+    "wide matrix": lambda: nn.Linear(150, 90),
+    "high matrix": lambda: nn.Linear(80, 130),
+}
+
+
+def original(layer: nn.Module) -> nn.Parameter:
+    return layer.parametrizations.weight.original
 
 
 def layer_of(name: str, dtype: torch.dtype, gain: float, max_norm: float = 0.3) -> nn.Module:
