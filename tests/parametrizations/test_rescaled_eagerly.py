@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_rescaled import WAYS, original
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
