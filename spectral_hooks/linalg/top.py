@@ -30,7 +30,7 @@ class Top(NamedTuple):
     """The matrix with the largest norm, the unit vector `u` of its largest singular value, an estimate of the square of that from
     below, and about how far below it is, relative."""
 
-    index: int
+    place: int
     left: Tensor
     squared: float
     doubt: float
@@ -50,18 +50,19 @@ def proven_top(batches: Iterable[Tensor], share: float) -> tuple[Top, float] | N
         batches: matrices `(n, rows, columns)`, real or complex, with no more rows than columns; finite, the largest entry of
             order one. Of one batch after the other only the Gram matrices are kept.
     """
-    found = []
+    columns, parts = 0, []
     for matrices in batches:
         columns = matrices.shape[2]
-        found.append(_grams(matrices))
-    grams = torch.cat(found) if len(found) > 1 else found[0]
-    del found, matrices
+        parts.append(_grams(matrices))
+        del matrices
+    grams = torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.clear()
     eps, size = torch.finfo(grams.dtype).eps, grams.shape[1]
-    parts = 3.0 if grams.is_complex() else 1.0
+    widened = 3.0 if grams.is_complex() else 1.0
     traces = grams.diagonal(dim1=-2, dim2=-1).real.sum(-1)
     summed = min(_CHUNK, columns) + -(-columns // _CHUNK)
-    error = 0.51 * parts * (summed + 4) * eps * float(traces.amax())
-    rounding, proven = 0.5 * parts * (size + 4) * eps, 0.0
+    error = 0.51 * widened * (summed + 4) * eps * float(traces.amax())
+    rounding, proven = 0.5 * widened * (size + 4) * eps, 0.0
     rows, ranks = _ranked(grams)
     places = torch.arange(len(grams))
     top = _closely(grams, rows, ranks, places)

@@ -190,13 +190,13 @@ def _proven_on_host(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tens
         cast = kernel.to(dtype)
         if found := proven_top(_symbols(cast, theta), _SHARE):
             top, squared = found
-            group, place = top.index % len(kernel), top.index // len(kernel)
+            group, place = top.place % len(kernel), top.place // len(kernel)
             left = top.left.conj().resolve_conj()
             row = left @ _blocks(cast[group : group + 1], theta[place : place + 1])[0]
             right = (row / torch.linalg.vector_norm(row)).conj().resolve_conj()
             upper = (sqrt(squared) + _rounding(kernel, dtype)) * scale
             vector = torch.complex128 if theta.shape[1] else torch.float64
-            return torch.tensor([top.index]), left.to(vector), right.to(vector), torch.tensor(upper, dtype=torch.float64)
+            return torch.tensor([top.place]), left.to(vector), right.to(vector), torch.tensor(upper, dtype=torch.float64)
     return None
 
 

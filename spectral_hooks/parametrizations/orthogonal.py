@@ -69,8 +69,8 @@ def orthogonal(layer: Layer, max_norm: float = 1.0, *, orthogonal_map: str = "ca
         The layer. `sh.remove_spectral` makes it plain again.
 
     Cost: a matrix `p × q`, `p ≥ q`: `O(p q²)`. A kernel `c → c` with `k^d` taps: about `2 k^d c³`, whatever the batch and the
-    size of the input. Finding the start of a kernel takes up to some dozen times that for each of its factors, in float64: on one
-    core 0.3, 4 and 27 seconds for a 3×3 kernel of 64, 256 and 512 channels.
+    size of the input. Finding the start of a kernel takes some dozen times that: on one core 0.1, 1.2 and 6 seconds for a 3×3
+    kernel of 64, 256 and 512 channels.
 
     Raises:
         ValueError: `max_norm` is no such number; the map is unknown; the weight is not finite, pruned, or carries a

@@ -55,8 +55,11 @@ def rescaled(
         The layer. A plain checkpoint loads into it as before (`weight` becomes `W`), `layer.weight = V` keeps `V` bit for bit
         if `bound(V) ≤ max_norm` (up to rounding) and else its rescaling, and `sh.remove_spectral` makes the layer plain again.
 
+    The norm is at most `max_norm` at every forward, whatever wrote to `W` before, and the weight is a function of `W` alone: no
+    bound is carried from step to step.
+
     Cost: the bound in every training forward; none in evaluation without gradients while `W` stays the same, but for the
-    comparison of `W` with a copy of it.
+    comparison of `W` with a copy of it. Several forwards of a step share one bound within `torch.nn.utils.parametrize.cached()`.
 
     Traced by `torch.jit.trace` or exported by `torch.export` it stays a function of `W`. For ONNX export a plain copy,
     `sh.remove_spectral(copy.deepcopy(model))`.
