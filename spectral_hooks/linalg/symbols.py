@@ -71,6 +71,9 @@ def trim(kernel: Tensor) -> tuple[Tensor, list[int]]:
     """
     axes: list[int] = []
     for axis in range(kernel.ndim - 1, 2, -1):
+        if kernel.shape[axis] > 1 and all(bool((kernel.select(axis, end) != 0).flatten(1).any(1).all()) for end in (0, -1)):
+            axes.insert(0, axis - 3)  # as most are: nothing is zero all over, and nothing is copied
+            continue
         others = [a for a in range(1, kernel.ndim) if a != axis]
         used = (kernel != 0).sum(dim=others) > 0 if others else kernel != 0  # (groups, taps)
         places = torch.arange(kernel.shape[axis], device=kernel.device)

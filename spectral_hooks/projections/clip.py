@@ -22,8 +22,8 @@ from .settle import in_dtype, settled
 _SINGLE_FROM, _SINGLE_ROUNDS = 32, 8
 #: Only in dtypes as fine as this a clip that rounding has taken farther than scaling is preferred to that; what a proof needs.
 _FINE, _PROVEN = 1e-6, 1e-10
-#: What a certificate may add to the distance, and its largest width.
-_WIDTH, _WIDEST = 0.01, 0.02
+#: From more channels on a certificate may add so much to the distance; and its largest width.
+_DEAR, _WIDTH, _WIDEST = 64, 0.01, 0.015
 #: What is measured in float32 may be too large by this.
 _SINGLE_ERROR = 1e-6
 
@@ -40,8 +40,10 @@ def clip(op: KernelOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
 
         minimize ‖K - K₀‖²  subject to  ‖F(θ)‖₂ ≤ c on the grid.
 
-    At the end the kernel is scaled by the certified norm. The groups of a grouped convolution are operators of their own: each is
-    clipped and scaled by itself, and those that are inside stay as they are.
+    At the end the best mixture of the last two is taken, and scaled by the certified norm. For more than 64 channels the
+    certificate is as wide as a hundredth of the relative change, but no wider than 1.5e-2, where that is more than the `r` below.
+    The groups of a grouped convolution are operators of their own: each is clipped and scaled by itself, and those that are
+    inside stay as they are.
 
     Rounds are in float32 for more than 32 channels; on CUDA devices by matrix products alone where the error, which is measured,
     is below 5e-5 of the norm (`linalg/matrix_functions.py`), else by eigenvalue decompositions. Neither shows in the guarantee.
@@ -50,7 +52,7 @@ def clip(op: KernelOperator, max_norm: float = 1.0, *, rounds: int = 3) -> Tenso
         op: any operator. The lattice operator of a convolution bounds the layer at every input size.
         max_norm: the bound `c > 0`.
         rounds: more bring a convolution closer to the original; `O(N^d c³)` each, with `N = 4 (k - 1)` or `6 (k - 1)`, whatever
-            the input size.
+            the input size. Up to three of more than 32 channels and far outside are at half of such a grid's frequencies.
 
     Returns:
         A weight of the same shape, dtype and device. Guaranteed: the norm of the returned, stored values is at most `max_norm`
@@ -105,10 +107,12 @@ def _clip(op: KernelOperator, max_norm: float, rounds: int) -> Tensor:
 
 
 def _width(kernel: Tensor, clipped: Tensor) -> float:
-    """The relative width of the certificate: the usual one, or a share of how far the clip has gone where that is more.
+    """The relative width of the certificate: the usual one, or, of many channels, a share of how far the clip has gone.
 
     Scaling by it takes the kernel farther by no more than this share of its distance, and it costs some `1 / width`.
     """
+    if min(kernel.shape[1:3]) <= _DEAR:
+        return usual_rtol(kernel)
     moved, length = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (clipped - kernel, clipped))
     return max(usual_rtol(kernel), min(_WIDTH * float((moved / length.clamp(min=1e-300)).amin()), _WIDEST))
 

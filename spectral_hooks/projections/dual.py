@@ -19,9 +19,9 @@ from .stretch import combined, stretched
 
 #: Frequencies of the clip's grid per axis, as a multiple of the kernel's degree `k - 1`: for up to 32 channels, and for more.
 _OVERSAMPLING = (6, 4)
-#: Those of a checkerboard, for more than 32 channels and for more than 256, and the least per axis; none up to this ratio of norm
-#: to bound, where what is outside lies at few frequencies, which it may miss.
-_CHECKERBOARD, _LEAST, _MANY, _FAR = (5, 4), 6, 256, 1.5
+#: Those of a checkerboard, for more than 32 channels and for more than 256, and the least per axis: for few rounds, which leave
+#: more than it misses. None up to this ratio of norm to bound, where what is outside lies at few frequencies.
+_CHECKERBOARD, _LEAST, _MANY, _FEW_ROUNDS, _FAR = (5, 4), 6, 256, 3, 1.5
 #: Krylov steps that tell.
 _GLANCES = 4
 #: Symbols of more rows and columns than this are stretched by estimates of their norms.
@@ -47,7 +47,7 @@ def clip_kernel(
     support = (op.with_weight(torch.ones_like(op.weight)).canonical() != 0).to(kernel.device)
     if kernel.shape[1] > kernel.shape[2]:  # the transpose has the same singular values, and fewer rows
         kernel, support = kernel.transpose(1, 2), support.transpose(1, 2)
-    grid = _grid(op, kernel, sizes, level)
+    grid = _grid(op, kernel, sizes, level, rounds)
     found = proximal_rounds(kernel, grid, lambda symbols: grid.adjoint(symbols) * support, level, rounds)
     clipped = found.kernel
     if stretch:
@@ -60,9 +60,9 @@ def clip_kernel(
     return clipped if clipped.shape == op.canonical_shape else clipped.transpose(1, 2), found.peak
 
 
-def _grid(op: KernelOperator, kernel: Tensor, sizes: tuple[int, ...], level: float) -> FrequencyGrid:
+def _grid(op: KernelOperator, kernel: Tensor, sizes: tuple[int, ...], level: float, rounds: int) -> FrequencyGrid:
     """The frequencies for the rounds."""
-    if op.kind == "circular" or kernel.shape[1] <= _SMALL_SYMBOLS or not _has_two_axes(sizes):
+    if op.kind == "circular" or rounds > _FEW_ROUNDS or kernel.shape[1] <= _SMALL_SYMBOLS or not _has_two_axes(sizes):
         return FrequencyGrid(sizes, kernel)
     oversampling = _CHECKERBOARD[kernel.shape[1] > _MANY]
     even = tuple(max(oversampling * (k - 1) + oversampling * (k - 1) % 2, _LEAST) if k > 1 else 1 for k in kernel.shape[3:])

@@ -18,6 +18,8 @@ _FINE_STRETCHES = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.45, 1.6, 1.75, 2
 _TRENDS = (-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 #: Krylov steps for the norms at the first weight and at each that looks best; how many of these, and when it is as it looked.
 _FIRST_STEPS, _STEPS, _LOOKS, _AS_IT_LOOKED = 5, 3, 5, 1 + 4e-3
+#: Half of the frequencies are left out after the first look, but not more than leaves so many.
+_FEWEST = 16
 
 
 def stretched(kernel: Tensor, correction: Tensor, level: float, grid: FrequencyGrid) -> Tensor:
@@ -56,7 +58,7 @@ def combined(kernel: Tensor, correction: Tensor, before: Tensor, level: float, t
     chosen = choices.new_tensor([best] * len(kernel), dtype=torch.long)
     squares: Tensor | None = None
     vectors: Tensor | None = None
-    for _ in range(_LOOKS):
+    for step in range(_LOOKS):
         weights = choices[chosen]
         symbol = AppliedSymbol(torch.einsum("ga,ga...->g...", weights, parts), theta)
         _, vectors = symbol.top(symbol.start(), _FIRST_STEPS) if vectors is None else symbol.top(vectors, _STEPS)
@@ -72,6 +74,11 @@ def combined(kernel: Tensor, correction: Tensor, before: Tensor, level: float, t
         chosen = (scales.square() * own - 2 * scales * along.mT).argmin(1)
         if as_it_looked:
             break
+        if step == 0 and len(theta) > _FEWEST:  # the others are hardly ever the largest
+            at_best = torch.einsum("ga,gfab,gb->gf", choices[chosen], forms, choices[chosen]).amax(0)
+            kept = at_best.topk(max(len(theta) // 2, _FEWEST)).indices.sort().values
+            theta, vectors = theta[kept], vectors[..., kept]
+            all_parts = AppliedSymbol(parts.flatten(1, 2), theta)
     weights, scale = choices[chosen], scales.gather(1, chosen.unsqueeze(1)).squeeze(1)
     return torch.einsum("ga,ga...->g...", weights, parts) * each(scale, kernel.ndim - 1)
 
