@@ -139,7 +139,7 @@ def test_most_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "strided", "depthwise"])
 def test_more_layers_of_one_shape_are_hardly_more_operations(kind: str) -> None:
-    """The weights are read, copied and written one by one, and nothing else is: six times as many take less than twice as much."""
+    """The weights are read, copied and written one by one, and nothing else is: six times as many take less than twice."""
 
     def cost(number: int) -> tuple[int, int]:
         torch.manual_seed(0)
