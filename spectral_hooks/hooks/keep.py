@@ -45,9 +45,17 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
     matrices = [i for i, job in enumerate(jobs) if job.is_matrix]
     for i, job in zip(matrices, kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices), strict=True):
         results[i] = job
+    small = [i for i, job in enumerate(jobs) if not job.is_matrix and _is_small(job, slack)]
+    moves = [_move(jobs[i], jobs[i].op.canonical_shape, max_norm, slack) for i in small]
+    kept_at_once = {
+        i: job for i, job in zip(small, kept_small([jobs[i] for i in small], moves, max_norm), strict=True) if job is not None
+    }
     moving: dict[Grid | None, list[tuple[int, Tensor]]] = {}
     for i, job in enumerate(jobs):
         if job.is_matrix:
+            continue
+        if i in kept_at_once:
+            results[i] = kept_at_once[i]
             continue
         kernel = job.op.canonical().detach()
         if slack >= _LEAST_DEPTH and _moves(job, kernel):
@@ -61,6 +69,18 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
     return results
 
 
+def _is_small(job: Job, slack: float) -> bool:
+    """Whether it goes with the others of its shape, all at once."""
+    return (
+        slack >= _LEAST_DEPTH
+        and job.far is not None
+        and job.far < inf
+        and job.op.kind != "finite"
+        and job.op.frequency_grid is None
+        and are_small(job.op.canonical_shape)
+    )
+
+
 def _moves(job: Job, kernel: Tensor) -> bool:
     """Whether it is known from where it has moved, and is certified at frequencies: on the lattice or a grid, or of matrices."""
     is_matrix = prod(kernel.shape[3:]) == 1
@@ -69,23 +89,6 @@ def _moves(job: Job, kernel: Tensor) -> bool:
 
 def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
     """`keep_inside` of a batch of one canonical shape, of weights that have moved, with their canonical kernels."""
-    if are_small(kernels.shape) and jobs[0].op.frequency_grid is None:
-        return _kept_small(jobs, kernels, max_norm, rounds, slack)
-    return _kept_one_by_one(jobs, kernels, max_norm, rounds, slack)
-
-
-def _kept_small(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
-    """The same of small kernels: all that can be is done at once."""
-    moves = [_move(job, kernels.shape, max_norm, slack) for job in jobs]
-    found = kept_small(jobs, moves, max_norm)
-    left = [i for i, job in enumerate(found) if job is None]
-    members = kernels.unflatten(0, (len(jobs), -1))[left].flatten(0, 1)
-    others = iter(_kept_one_by_one([jobs[i] for i in left], members, max_norm, rounds, slack) if left else [])
-    return [next(others) if job is None else job for job in found]
-
-
-def _kept_one_by_one(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
-    """The same, where what is outside is clipped one after the other."""
     results, moves = list(jobs), [_move(job, kernels.shape, max_norm, slack) for job in jobs]
     outside: dict[int, KernelOperator] = {}
     groups = kernels.unflatten(0, (len(jobs), -1))
@@ -112,7 +115,7 @@ def _kept_one_by_one(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: 
     return results
 
 
-def _move(job: Job, shape: torch.Size, max_norm: float, slack: float) -> Move:
+def _move(job: Job, shape: tuple[int, ...], max_norm: float, slack: float) -> Move:
     """Of a job whose canonical kernel has this shape."""
     pace = _pace(job, max_norm)
     # for a room `x` the certificates of a convolution cost some `pace / x²` a step, and more for wide ones; a matrix's little

@@ -25,8 +25,8 @@ from .watch import Job, geometry
 _SMALL, _MOST_BYTES = 128, 1 << 24
 #: Angles of the first cells: few, so that many kernels have the same.
 _ANGLES = (0.4, 0.2828, 0.2)
-#: An estimate of a norm may lack this.
-_MARGIN = 1.01
+#: An estimate of a norm may lack this, and a close one that.
+_MARGIN, _CLOSE = 1.02, 1.004
 #: By so much, relative to its level, a step may go too deep.
 _TOO_DEEP = 0.015
 #: The least pace, so that there is a share of the room for it.
@@ -48,14 +48,14 @@ class Kept(NamedTuple):
     is_new: bool
 
 
-def are_small(shape: torch.Size) -> bool:
+def are_small(shape: tuple[int, ...]) -> bool:
     """Whether canonical kernels of this shape are small: few channels, and more than one tap."""
     rows, columns, *taps = shape[1:]
-    return prod(taps) > 1 and min(rows, columns) <= _SMALL and cover_bytes(tuple(shape[1:]), _ANGLES[0]) <= _MOST_BYTES
+    return prod(taps) > 1 and min(rows, columns) <= _SMALL and cover_bytes(shape[1:], _ANGLES[0]) <= _MOST_BYTES
 
 
 def kept_small(jobs: Sequence[Job], moves: Sequence[Move], max_norm: float) -> list[Job | None]:
-    """The jobs, inside as they are or clipped; None for those that are left to others. All have small kernels of one shape."""
+    """The jobs, inside as they are or clipped; None for those that are left to others. All have small kernels."""
     results: list[Job | None] = [None] * len(jobs)
     kinds: dict[tuple[float, object], list[int]] = {}
     for i, (job, move) in enumerate(zip(jobs, moves, strict=True)):
@@ -115,7 +115,7 @@ def _kept(ops: list[KernelOperator], moves: list[Move], max_norm: float, angle: 
     pace, depth = torch.tensor(moves, dtype=torch.float64).repeat_interleave(groups, dim=0).T
     batch = _Batch.of(op, max_norm / op.lattice_factor, pace.clamp(min=_SLOWEST), depth)
     sample = Sample.of(batch.kernels, angle)
-    (estimate,) = read([sample.estimates()])
+    (estimate,) = read([sample.estimates(closely=False)])
     norms = _proven(sample, batch, estimate)
     outside = (norms == inf).view(-1, groups).any(1)
     near = (estimate < REACH * (1 - depth)).view(-1, groups).all(1)
@@ -139,15 +139,15 @@ def _clipped(batch: _Batch, sample: Sample, before: Tensor) -> tuple[Tensor, Ten
     levels, dims = 1 - batch.depth, sample.kernels.ndim - 1
     change = clip_kernels(sample, levels, batch.cropped)
     clipped = Sample.of(exact(sample.kernels - change), sample.cover.angle)
-    (estimate,) = read([clipped.estimates()])
+    (estimate,) = read([clipped.estimates(closely=True)])
     too_deep = estimate < (1 - _TOO_DEEP) * levels
     if too_deep.any():
         # a norm is convex: with this share of the step it is at most at the level
         share = torch.where(too_deep, ((before - levels) / (before - estimate)).clamp(0, 1), 1.0)
         clipped = Sample.of(exact(sample.kernels - each(share.to(change), dims) * change), sample.cover.angle)
-        (estimate,) = read([clipped.estimates()])
+        (estimate,) = read([clipped.estimates(closely=True)])
     # what a crop has left outside: no deeper than meant
-    shares = (levels / estimate).clamp(max=1)
+    shares = (levels / (_CLOSE * estimate)).clamp(max=1)
     there, kernels = each(shares.to(change.device), dims), exact(clipped.kernels)
     largest = torch.finfo(batch.op.dtype).max
     weight = batch.weight(kernels * (there * batch.unit)).clamp(-largest, largest).to(batch.op.weight)

@@ -35,7 +35,8 @@ def clip_kernels(sample: Sample, levels: Tensor, crop: Callable[[Tensor], Tensor
     """
     shares = sample.cover.shares
     symbols, grams = (x[: len(shares)] for x in (sample.symbols, sample.grams))
-    excess = taken(grams / each(levels.square().to(shares), 2)) @ symbols
+    relative = torch.view_as_real(grams) / each(levels.square().to(shares), 3)
+    excess = taken(torch.view_as_complex(relative)) @ symbols
     cropped = crop(sample.cover.crop(excess, sample.taps))
     # Barzilai & Borwein's length: large where the excess lies at few frequencies, since a crop spreads those over all
     squares = shares @ torch.view_as_real(excess).square().flatten(2).sum(2)
