@@ -51,6 +51,8 @@ class Known(NamedTuple):
     geometry: Geometry | None = None
     #: Whether `‖D‖_F` was not enough the last time, so that a sharper bound is asked at once.
     sharply: bool = False
+    #: Of a wide kernel that was clipped, where its large singular values were: the next clip is cheap with it, and as good without.
+    leading: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,14 @@ class Job:
 
     def proven(self, norm: float) -> Job:
         """The same once its norm was proven not to exceed a number."""
-        return replace(self, known=know(self.op, norm), is_inside=True)
+        return replace(self, known=self._know(norm), is_inside=True)
 
     def changed(self, weight: Tensor, norm: float) -> Job:
         """The same with a weight that is to be written, whose norm was proven not to exceed a number; the same one stays."""
-        return replace(self, known=know(self.op, norm, weight), change=None if weight is self.op.weight else weight)
+        return replace(self, known=self._know(norm, weight), change=None if weight is self.op.weight else weight)
+
+    def _know(self, norm: float, weight: Tensor | None = None) -> Known:
+        return know(self.op, norm, weight)._replace(leading=None if self.known is None else self.known.leading)
 
 
 def know(op: KernelOperator, norm: float, weight: Tensor | None = None) -> Known:
