@@ -51,7 +51,8 @@ class Known(NamedTuple):
     geometry: Geometry | None = None
     #: Whether `‖D‖_F` was not enough the last time, so that a sharper bound is asked at once.
     sharply: bool = False
-    #: Of a wide kernel that was clipped, where its large singular values were: the next clip is cheap with it, and as good without.
+    #: Of a wide kernel that was clipped, where its large singular values were: the next clip costs little with it, and is as good
+    #: without.
     leading: Tensor | None = None
 
 

@@ -1,9 +1,9 @@
 """The clip of a wide kernel few of whose singular values lie above the level.
 
 A kernel that is kept inside while it trains has a few singular values above the level at every frequency, a tenth of its
-channels or fewer, and from step to step they are nearly the same. Subspaces of some more columns follow them: one step of subspace
-iteration at each frequency of a sparse grid, and what is above the level there is taken away, in a few products instead of a
-decomposition. Nothing is proven here.
+channels or fewer, and from step to step they are nearly the same. Subspaces of some more columns follow them: one step of
+subspace iteration at each frequency of a sparse grid, and what is above the level there is taken away, in a few products instead
+of a decomposition. Nothing is proven here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..operators.base import KernelOperator
 #: Frequencies of the grid per axis, as a multiple of the kernel's degree `k - 1`; of these every other is taken, as of the white
 #: squares of a chessboard.
 _OVERSAMPLING = 4
-#: Columns of a subspace: so many for every value above the level, and some more; a subspace that is filled by more than this share
-#: has lost values, and one of more than this share of all channels is no gain over decompositions.
+#: Columns of a subspace: so many for every value above the level, and some more; a subspace that is filled by more than this
+#: share has lost values, and one of more than this share of all channels is no gain over decompositions.
 _COLUMNS_EACH, _MORE_COLUMNS, _FILLED, _LARGEST_SHARE = 1.5, 12, 0.9, 0.4
 #: Rounds: the second one sees what the crop has left of the first.
 _ROUNDS = 2
@@ -33,8 +33,8 @@ class Few(NamedTuple):
     """A clipped kernel, and what the next clip starts from."""
 
     kernel: Tensor
-    #: Orthonormal columns near the left singular vectors (of the smaller side) of the largest singular values, at each frequency and
-    #: of each group: `(frequencies, groups, size, columns)`.
+    #: Orthonormal columns near the left singular vectors (of the smaller side) of the largest singular values, at each frequency
+    #: and of each group: `(frequencies, groups, size, columns)`.
     leading: Tensor
 
 
@@ -44,14 +44,14 @@ def clip_few(op: KernelOperator, kernel: Tensor, level: float, leading: Tensor |
 
         K ← K - τ P Σ_θ w(θ) exp(i t·θ) U₊ (1 - level / Σ₊) U₊* F(θ)
 
-    with `P` the crop to the taps that the weight has, and the step length `τ ≥ 1` of Barzilai and Borwein (1988), since a crop takes
-    away from a correction: the first round of `clip_kernel`, on a sparser grid, twice, with `U₊` from subspaces.
+    with `P` the crop to the taps that the weight has, and the step length `τ ≥ 1` of Barzilai and Borwein (1988), since a crop
+    takes away from a correction: the first round of `clip_kernel`, on a sparser grid, twice, with `U₊` from subspaces.
 
     Args:
         op: a lattice operator.
         kernel: its canonical kernel, or one of that shape, in the dtype to compute in.
         level: where to clip.
-        leading: what the last clip of this operator returned. Without it the symbols are decomposed, which costs some ten times more.
+        leading: what the last clip of this operator returned; without it the symbols are decomposed, for some ten times the cost.
 
     Cost: for `N = (4 (k - 1))^d / 4` frequencies, `m` channels on the smaller side and `b` columns, some `10 N b m n` each round.
     """
@@ -117,7 +117,7 @@ def _columns(most: int) -> int:
 
 
 def _above(kernel: Tensor, theta: Tensor, shares: Tensor, level: float, leading: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """What is above the level, as a kernel of these taps, and its mean square of each group; the subspaces; the most values at a frequency."""
+    """What is above the level, as a kernel of these taps; of each group its mean square; the subspaces; the most values found."""
     angles = product([torch.arange(k) for k in kernel.shape[3:]], theta) @ theta.T
     waves = torch.polar(shares.expand_as(angles), angles)
     total = torch.zeros(len(waves), prod(kernel.shape[:3]), dtype=waves.dtype, device=kernel.device)
