@@ -93,9 +93,9 @@ def test_every_step_ends_inside(name: str, dtype: torch.dtype) -> None:
 def at_the_bound() -> tuple[sh.KernelOperator, Known]:
     """A weight after some steps, with what is known of it."""
     op = sh.as_operator(layer("plain"))
-    weight, known = kept(op.with_weight(3 * op.weight.detach() / norm(op)), None)
+    weight, known = kept(op.with_weight(0.97 * op.weight.detach() / norm(op)), None)
     for n in range(3):
-        weight, known = kept(op.with_weight(weight + step_like(weight, n, 0.3)), known)
+        weight, known = kept(op.with_weight(weight + step_like(weight, n, 0.15)), known)
     return op.with_weight(weight), known
 
 
@@ -104,7 +104,7 @@ def test_what_is_known_of_the_last_clip_takes_the_place_of_decompositions(decomp
     assert known.leading is not None
     columns = known.leading.shape[-1]
     assert columns <= 0.4 * SIZE
-    moved = op.with_weight(op.weight + step_like(op.weight, 9, 0.3))
+    moved = op.with_weight(op.weight + step_like(op.weight, 9, 0.15))
     decompositions.clear()
     warm, _ = kept(moved, known)
     assert not torch.equal(warm, moved.weight)
@@ -122,7 +122,7 @@ def test_what_is_known_of_the_last_clip_takes_the_place_of_decompositions(decomp
 def test_the_clip_is_hardly_farther_than_that_of_all_values() -> None:
     """At the same depth, each scaled to it: by one round on the full grid, decomposed."""
     op, known = at_the_bound()
-    kernel = op.with_weight(op.weight + step_like(op.weight, 9, 0.3)).canonical().detach()
+    kernel = op.with_weight(op.weight + step_like(op.weight, 9, 0.15)).canonical().detach()
     found = few.clip_few(op, kernel, 0.92, known.leading)
     assert found is not None
     reference, _ = sh.projections.dual.clip_kernel(op, kernel.double(), 0.92, 1, stretch=False)
