@@ -21,6 +21,7 @@ from ..projections.settle import settle
 from .keep_matrices import kept_matrices
 from .keep_small import Move, are_small, kept_small
 from .watch import Job, alike
+from .wide import is_wide, kept_wide
 
 #: How much deeper than the bound weights are clipped at most, relative to it, unless it is said: kernels, whose certificates cost
 #: much, and matrices.
@@ -89,7 +90,19 @@ def _moves(job: Job, kernel: Tensor) -> bool:
 
 def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
     """`keep_inside` of a batch of one canonical shape, of weights that have moved, with their canonical kernels."""
-    results, moves = list(jobs), [_move(job, kernels.shape, max_norm, slack) for job in jobs]
+    moves = [_move(job, kernels.shape, max_norm, slack) for job in jobs]
+    if not is_wide(kernels) or jobs[0].op.frequency_grid is not None:
+        return _kept_together(jobs, kernels, moves, max_norm, rounds)
+    parts = zip(jobs, kernels.split(len(kernels) // len(jobs)), moves, strict=True)
+    return [
+        kept_wide(job, part, *move, max_norm) or _kept_together([job], part, [move], max_norm, rounds)[0]
+        for job, part, move in parts
+    ]
+
+
+def _kept_together(jobs: list[Job], kernels: Tensor, moves: list[Move], max_norm: float, rounds: int) -> list[Job]:
+    """The same by certificates and clips that know nothing of earlier ones."""
+    results = list(jobs)
     outside: dict[int, KernelOperator] = {}
     groups = kernels.unflatten(0, (len(jobs), -1))
     found = _certified([job.op for job in jobs], kernels, moves, max_norm)

@@ -49,6 +49,9 @@ class Known(NamedTuple):
     geometry: Geometry | None = None
     #: Of a matrix that moves too fast for `‖D‖_F`: how many of its singular values were above the bound the last time.
     few: int | None = None
+    #: Of a wide kernel that was clipped, where its large singular values were: the next clip costs little with it, and is as good
+    #: without.
+    leading: Tensor | None = None
 
     def moved(self) -> Known:
         """The same after a step that has not led outside; to look again at what has not moved is no step."""
@@ -101,11 +104,14 @@ class Job:
 
     def proven(self, norm: float) -> Job:
         """The same once its norm was proven not to exceed a number."""
-        return replace(self, known=know(self.op, norm), is_inside=True)
+        return replace(self, known=self._know(norm), is_inside=True)
 
     def changed(self, weight: Tensor, norm: float) -> Job:
         """The same with a weight that is to be written, whose norm was proven not to exceed a number; the same one stays."""
-        return replace(self, known=know(self.op, norm, weight), change=None if weight is self.op.weight else weight)
+        return replace(self, known=self._know(norm, weight), change=None if weight is self.op.weight else weight)
+
+    def _know(self, norm: float, weight: Tensor | None = None) -> Known:
+        return know(self.op, norm, weight)._replace(leading=None if self.known is None else self.known.leading)
 
 
 def know(op: KernelOperator, norm: float, weight: Tensor | None = None) -> Known:

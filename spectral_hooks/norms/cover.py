@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import pi
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from .cells import Cells, cells_at, tiling
 _FEWEST = 12
 #: The share of a cell's room that rounding in float32 may take.
 ROUNDING_SHARE = 0.6
+#: Frequencies this near to a line are on it.
+_ON_LINE = 1e-9
 
 
 def proven_below(quick: Gram, gram: Gram, cells: Cells, level: float, slack: float) -> Tensor:
@@ -44,7 +47,10 @@ def _rows(gram: Gram, cells: Cells) -> Rows:
 def covering(gram: Gram, degree: Tensor, angle: float) -> Cells:
     """Cells of all groups that cover half of the torus, their points at most `angle` from the centres."""
     cover = tiling(degree, angle)
-    return cells_at(cover.centres(), cover.radius, gram.groups)
+    centres = cover.centres()
+    # of the lines that are their own mirror images, `θ_1 ∈ {0, π}`, one half is enough too
+    on_line = (torch.sin(centres[:, 0]).abs() < _ON_LINE) & (centres[:, 1:2] > pi + _ON_LINE).any(1)
+    return cells_at(centres[~on_line], cover.radius, gram.groups)
 
 
 def in_chunks(gram: Gram, cells: Cells) -> Iterator[Cells]:

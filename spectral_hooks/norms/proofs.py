@@ -29,8 +29,12 @@ _KRYLOV_STEPS, _MARGIN = 4, 1.02
 _MATRIX_KRYLOV_STEPS, _MATRIX_MARGINS = 8, (1.02, 1.1)
 #: Of what lies farther below the bound no more than this is asked to be proven, for a finer proof would mind its rounding.
 _LOWEST_GOAL = 0.7
+#: What most cells of a clipped kernel are expected to have at most, over an estimate.
+_PLATEAU = 1.005
 #: The largest angle of a cell.
 _WIDEST = 0.8
+#: From this size on fewer cells are worth more than many groups with the same, and a good estimate more than its Krylov steps.
+_LARGE, _MANY_KRYLOV_STEPS = 64, 16
 #: The least pace, so that there is a share of the room for it.
 _SLOWEST = 1e-6
 #: The share of a cell's room that rounding in float32 may take.
@@ -72,12 +76,13 @@ def certificates(kernels: Tensor, pace: Tensor, depth: Tensor, sizes: tuple[int,
         estimate[left], proven[left] = _of_matrices(gram.even.reshape(-1, gram.size, gram.size), gram.error)
         return estimate, proven
     sample = cells_at(_sample(degree), degree, gram.groups)
-    estimate[left] = _estimates(gram(sample.group, sample.centre), gram.groups, _KRYLOV_STEPS)
+    steps = _KRYLOV_STEPS if gram.size < _LARGE else _MANY_KRYLOV_STEPS
+    estimate[left] = _estimates(gram(sample.group, sample.centre), gram.groups, steps)
 
     def inside(members: Tensor, goal: Tensor, angle: float) -> Tensor:
         return _inside(gram.some(members.to(gram.even.device), goal.square().to(gram.even)), degree, angle)
 
-    proven[left] = _covered(estimate[left], pace[left].clamp(min=_SLOWEST), depth[left], inside)
+    proven[left] = _covered(estimate[left], pace[left].clamp(min=_SLOWEST), depth[left], inside, exactly=gram.size >= _LARGE)
     return estimate, proven
 
 
@@ -187,23 +192,35 @@ def _of_matrices(squares: Tensor, error: float) -> tuple[Tensor, Tensor]:
     return estimate, proven
 
 
-def _covered(estimate: Tensor, pace: Tensor, depth: Tensor, inside: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+def _covered(
+    estimate: Tensor,
+    pace: Tensor,
+    depth: Tensor,
+    inside: Callable[[Tensor, Tensor, float], Tensor],
+    *,
+    exactly: bool = False,
+) -> Tensor:
     """What the norms of the groups are proven not to exceed, at most 1, or infinity.
 
-    `inside(members, goal, angle)` tells which of these groups have a norm of at most their goal, tried by cells of this angle.
+    `inside(members, goal, angle)` tells which of these groups have a norm of at most their goal, tried by cells of this angle:
+    one of a few values, so that many groups share it, unless it is to be taken `exactly`.
     """
     proven = torch.full_like(estimate, inf)
     promising = estimate < 1 - depth / 4
-    for taken in (torch.minimum(_MARGIN * estimate, 1 - depth), 1 - depth):  # the estimate can be far too low
+    # an estimate above the depth is what many cells of a clipped kernel have; one below can be far too low
+    likely = torch.maximum(1 - depth, _PLATEAU * estimate) if exactly else 1 - depth
+    for taken in (torch.minimum(_MARGIN * estimate, likely), likely):
         # a room `x` for the proof costs `1 / x` and lasts `(1 - taken - x) / pace` steps and one: least per step for this
         goal = 1 - pace * (((1 - taken) / pace - 1) / 2).round().clamp(min=0)
         angle = (taken / goal).acos()
-        angle = _WIDEST * 2 ** ((angle / _WIDEST).log2() * 4).floor().div(4).clamp(max=0)  # few values, so that many are equal
+        if not exactly:
+            angle = _WIDEST * 2 ** ((angle / _WIDEST).log2() * 4).floor().div(4)
+        angle = angle.clamp(max=_WIDEST)
         for value in angle[promising].unique().tolist():
             members = (promising & (angle == value)).nonzero().squeeze(1)
             passed = members[inside(members, goal[members], value)]
             proven[passed] = goal[passed]
-        promising &= (proven == inf) & (taken < 1 - depth)
+        promising &= (proven == inf) & (taken < likely)
     return proven
 
 
