@@ -170,7 +170,7 @@ def _squared_symbols(kernels: Tensor, theta: Tensor) -> tuple[Tensor, float]:
     A sum of `n` products is off by `n u` of the product of the lengths, and a complex one by `√2` times as much of twice as many;
     the sums of the `T` taps are of `√T` times the length of the kernel.
     """
-    symbols = symbol(kernels, theta.to(kernels))
+    symbols = symbol(kernels, theta)
     eps, taps = torch.finfo(kernels.dtype).eps, prod(kernels.shape[3:])
     length = float(torch.linalg.vector_norm(symbols.flatten(2), dim=2).amax()) * (1 + 1e-3)
     sums = (taps + 8) * sqrt(taps) * float(torch.linalg.vector_norm(kernels.flatten(1), dim=1).amax()) * (1 + 1e-3)
