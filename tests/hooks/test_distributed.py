@@ -75,11 +75,9 @@ def run(rank: int, port: int, kind: str, distribute: bool, projection: str, fold
 @pytest.mark.parametrize(
     ("kind", "distribute", "projection"),
     [
-        ("ddp", True, "clip"),
-        ("fsdp2", False, "clip"),
-        ("fsdp2", True, "clip"),
+        *(("ddp", True, each) for each in ("clip", "soft_cap")),
+        *(("fsdp2", shares, "clip") for shares in (False, True)),
         ("fsdp2", False, "soft_cap"),
-        ("ddp", True, "soft_cap"),
     ],
 )
 def test_two_processes_as_one(kind: str, distribute: bool, projection: str) -> None:
