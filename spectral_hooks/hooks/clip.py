@@ -61,7 +61,7 @@ class SpectralClip(Hook):
         every: project after every so many optimizer steps; between, the weights may leave the ball.
         rounds: quality of the projection of convolutions, see `projections.clip`.
         projection: a function `(operator, max_norm) -> weight`, or the name of one in `projections`. With those that do not
-            guarantee the bound (see `repr`) the hook does not either. "soft_cap" does so for matrices by products, certified every
+            guarantee the bound (see `repr`) the hook does not either. "soft_cap" does for matrices by products, certified every
             eighth step, and waits for no device: there NaN and infinity are named a step later. All else is certified each time.
         slack: how much deeper than `max_norm`, relative to it, weights are clipped at most while training, so that they can
             move for some steps before the next clip; as little as that takes, and the first clip goes to the bound. None is 0.08
