@@ -66,7 +66,8 @@ class SpectralClip(Hook):
             checkpoint; in a loop of your own call `project()` there.
         rounds: quality of the projection of convolutions, see `projections.clip`.
         projection: a function `(operator, max_norm) -> weight`, or the name of one in `projections`. With those that do not
-            guarantee the bound (see `repr`) the hook does not either.
+            guarantee the bound (see `repr`) the hook does not either. "soft_cap" does for matrices by products, certified every
+            eighth step, and waits for no device: there NaN and infinity are named a step later. All else is certified each time.
         slack: how much deeper than `max_norm`, relative to it, weights are clipped at most while training, so that they can
             move for some steps before the next clip; as little as that takes, and the first clip goes to the bound. None is 0.08
             for convolutions and 0.02 for matrices; a number counts for both. 0 clips at every step, matrices to the bound itself,
@@ -90,7 +91,7 @@ class SpectralClip(Hook):
         training: whether frozen weights are left as they are. `attach` sets it, and so do the callbacks for frameworks.
         step: optimizer steps seen, of all optimizers together; those within one backward pass are one.
         bound: `max_norm` as it is now.
-        clipped: how many weights the last projection changed.
+        clipped: how many weights the last projection changed. With "soft_cap" on a device, to ask for it waits.
         largest_norm: the largest norm of all selected layers before the last projection, to 1 %; None unless `log`.
 
     Raises:
@@ -145,8 +146,7 @@ class SpectralClip(Hook):
         self._known: dict[str, dict[str, Known]] = {}
         self._sizes: dict[str, Sizes] = {}
         self._capping = Capping()
-        # on the device, as long as nobody asks for it
-        self._clipped: int | Tensor = 0
+        self._clipped: int | Tensor = 0  # on the device, as long as nobody asks for it
 
     def shown_setting(self, name: str, value: Any) -> str:
         """How `repr` shows the value of a setting."""

@@ -54,7 +54,7 @@ def soft_cap(op: KernelOperator, max_norm: float = 1.0, *, strength: float | Non
     Example:
         >>> import torch, spectral_hooks as sh
         >>> sh.projections.soft_cap(sh.DenseOperator(torch.diag(torch.tensor([1.2, 0.1]))), excess=0.2)
-        tensor([[0.9998, 0.0000],
+        tensor([[1.0000, 0.0000],
                 [0.0000, 0.1000]])
         >>> sh.projections.soft_cap(sh.DenseOperator(torch.diag(torch.tensor([1.0, 0.1]))), strength=0.1)
         tensor([[0.9729, 0.0000],

@@ -51,7 +51,7 @@ def whole(model: nn.Module) -> list[Tensor]:
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
 
 
-def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:
+def run(rank: int, port: int, kind: str, distribute: bool, projection: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = network()
@@ -64,27 +64,34 @@ def run(rank: int, port: int, kind: str, distribute: bool, folder: str) -> None:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 fully_shard(layer)
         fully_shard(model)
-    train(model, sh.SpectralClip(0.8, distribute=distribute))
+    train(model, sh.SpectralClip(0.8, distribute=distribute, projection=projection))
     weights = whole(model)
     torch.save(weights, Path(folder) / f"{rank}.pt")
     with torch.no_grad():
         next(iter(model.parameters())).mul_(float("nan"))
     # on every process, whoever owns the weight
     with pytest.raises(ValueError, match=r"0, after step 0.*NaN"):
-        sh.SpectralClip(0.8, distribute=distribute).start(model)
+        sh.SpectralClip(0.8, distribute=distribute, projection=projection).start(model)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("kind", "distribute"), [("ddp", True), ("fsdp2", False), ("fsdp2", True)])
-def test_two_processes_as_one(kind: str, distribute: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "distribute", "projection"),
+    [
+        *(("ddp", True, each) for each in ("clip", "soft_cap")),
+        *(("fsdp2", shares, "clip") for shares in (False, True)),
+        ("fsdp2", False, "soft_cap"),
+    ],
+)
+def test_two_processes_as_one(kind: str, distribute: bool, projection: str) -> None:
     if kind == "fsdp2" and not shards_on_cpu():
         pytest.skip("FSDP2 of torch 2.5 needs CUDA")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, args=(free_port(), kind, distribute, folder), nprocs=2)
+        mp.spawn(run, args=(free_port(), kind, distribute, projection, folder), nprocs=2)
         ours = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     alone = network()
-    train(alone, sh.SpectralClip(0.8))
+    train(alone, sh.SpectralClip(0.8, projection=projection))
     for here, there, one in zip(*ours, whole(alone), strict=True):
         assert torch.equal(here, there)
         torch.testing.assert_close(here, one, rtol=1e-6, atol=1e-6)
