@@ -1,9 +1,9 @@
-"""Keep matrices inside, all together: what moves slowly by its `‖D‖_F`, what moves fast by the few singular values that are above.
+"""Keep matrices inside, all together: what moves slowly by its `‖D‖_F`, what moves fast by the few singular values above.
 
 A matrix is clipped so deep that it can rest for some steps, in which `‖D‖_F` tells that it is inside. Where a step is longer than
-the depth that is allowed, as those of Adam are, that never tells. Then its Gram matrix is looked at in every step: a factor proves
-that it is inside, or the few singular values that have come out are found and clipped. Whole decompositions are for the first
-clips, for those that come after a long rest, and for what moves by more than that.
+the depth that is allowed, as those of Adam are, that never tells. Then its Gram matrix is looked at in every step: a factor
+proves that it is inside, or the few singular values that have come out are found and clipped. Whole decompositions are for the
+first clips, for those that come after a long rest, and for what moves by more than that.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ def _with_few(jobs: list[Job], looks: list[_Look], max_norm: float, slack: float
     for members, few in zip(groups, found, strict=True):
         for i, weight, proven, above in zip(members, *few, strict=True):
             job = jobs[i]
+            last = cast(Known, job.known)
             if proven and weight is not None:
-                job = job.changed(_as_stored(job, weight), max_norm)
-                results[i] = replace(job, known=cast(Known, job.known)._replace(few=above))
+                # what is known stays that of the last whole clip: a copy of what is not compared with would be for nothing
+                results[i] = replace(job, known=last._replace(age=0, few=above), change=_as_stored(job, weight))
             elif proven:
-                results[i] = replace(job, known=cast(Known, job.known).moved()._replace(few=0), is_inside=True)
+                results[i] = replace(job, known=last.moved()._replace(few=0), is_inside=True)
     return results
 
 
@@ -105,10 +106,13 @@ def _with_all(jobs: list[Job], max_norm: float, slack: float) -> list[Job]:
     differ = read([(now.weights != batch).flatten(1).any(1) for now, batch in zip(found, batches, strict=True)])
     results = list(jobs)
     for members, now, changed in zip(groups, found, differ, strict=True):
-        for i, weight, norm, is_new in zip(members, now.weights, now.norms.tolist(), changed.tolist(), strict=True):
+        outside = cast(Tensor, now.above).int().tolist()
+        for i, weight, norm, is_new, above in zip(
+            members, now.weights, now.norms.tolist(), changed.tolist(), outside, strict=True
+        ):
             job, proven = jobs[i], min(norm, max_norm)  # what is above by half of what counts as equal
-            # at once again, if the Frobenius norm of a move does not tell; how many are outside is not known
-            few = 1 if slack >= _LEAST_DEPTH and _is_watched(job) and not _is_slow(job, max_norm, slack) else None
+            # at once again, if the Frobenius norm of a move does not tell
+            few = above if slack >= _LEAST_DEPTH and _is_watched(job) and not _is_slow(job, max_norm, slack) else None
             job = job.changed(_as_stored(job, weight), proven) if is_new else job.proven(proven)
             results[i] = replace(job, known=cast(Known, job.known)._replace(few=few))
     return results
@@ -120,10 +124,10 @@ def _depth(job: Job, max_norm: float, slack: float) -> float:
 
 
 def _measured(jobs: list[Job], max_norm: float) -> list[Job]:
-    """The jobs with how far they have moved, if that was not measured because it tells nothing of the norm."""
+    """The jobs, those that rested long with how far they have moved: it was not measured, as it tells nothing of the norm."""
     results, measure = list(jobs), unit(max_norm)
-    unmeasured = [(i, job) for i, job in enumerate(jobs) if _is_watched(job) and cast(Known, job.known).few is not None]
-    for i, far in moves(unmeasured, measure).items():
+    rested = [(i, job) for i, job in enumerate(jobs) if _is_watched(job) and cast(Known, job.known).age >= _REST]
+    for i, far in moves(rested, measure).items():
         results[i] = replace(jobs[i], far=far)
     return results
 
@@ -142,7 +146,8 @@ def _groups(jobs: Sequence[Job]) -> list[list[int]]:
 
 def _batch(jobs: Sequence[Job], members: list[int]) -> Tensor:
     """Their matrices."""
-    return together([jobs[i].matrix(jobs[i].op.weight) for i in members])
+    weights = [jobs[i].op.weight for i in members]
+    return together([w if w.ndim == 2 else jobs[i].matrix(w) for i, w in zip(members, weights, strict=True)]).detach()
 
 
 def _as_stored(job: Job, matrix: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 With `V` a weight whose norm was certified and `D = W - V` how far it has moved since, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(D)‖`. The second
 term is small, so a coarse bound of it will do. Where that is not enough the weight is certified anew. That takes some `π² / 2x`
 factorizations for a relative room `x`, a few dozen where there is room, so clips go deeper than the bound: the deeper the faster
-the weights move. Matrices are looked at all at once, whatever their shapes. Where `‖D‖_F`, the coarsest bound, does not suffice, a
-sharper one of `D` costs as much as to look at `W` itself, which tells all.
+the weights move. Matrices are looked at all at once, whatever their shapes. Where `‖D‖_F`, the coarsest bound, does not suffice,
+a sharper one of `D` costs as much as to look at `W` itself, which tells all.
 """
 
 from __future__ import annotations
@@ -173,14 +173,18 @@ def _judged_matrices(jobs: list[Job], max_norm: float) -> list[Job]:
 
 
 def _sizes(jobs: list[Job], measure: float) -> list[float]:
-    """The `‖W‖_F` in this unit, about: finite if the weights are; the host waits once for each device."""
+    """The `‖W‖_F` in this unit, about: finite if the weights are; the host waits once for each kind."""
     sizes = [0.0] * len(jobs)
-    for device in {job.device for job in jobs}:
-        here = [i for i, job in enumerate(jobs) if job.device == device]
-        weights = [jobs[i].op.weight.detach() for i in here]
-        lengths = [torch.linalg.vector_norm(w, dtype=_dtype(w, measure)).to(widest(device)) for w in weights]
-        for i, length in zip(here, (torch.stack(lengths) / measure).tolist(), strict=True):
-            sizes[i] = length
+    kinds: dict[object, list[int]] = {}
+    for i, job in enumerate(jobs):
+        kinds.setdefault((job.device, _dtype(job.op.weight, measure)), []).append(i)
+    with torch.no_grad():
+        for members in kinds.values():
+            dtype = _dtype(jobs[members[0]].op.weight, measure)
+            weights = [w if w.dtype == dtype else w.to(dtype) for w in (jobs[i].op.weight for i in members)]
+            lengths = torch.stack(list(torch._foreach_norm(weights))).to(widest(jobs[members[0]].device)) / measure
+            for i, length in zip(members, lengths.tolist(), strict=True):
+                sizes[i] = length
     return sizes
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: How far `‖|R|‖²` may grow over the level in a proof that does not ask the host: 6 to 15 for matrices with half of their singular
-#: values near it.
+#: How far `‖|R|‖²` may grow over the level in a proof that does not ask the host: 6 to 15 for matrices with half of their
+#: singular values near it.
 _GROWTH = 32.0
 #: Rows of a block of the Cholesky factorization, of small and of large matrices: few, so that its rounding is small.
 _PANEL, _WIDE_PANEL = 32, 64
@@ -129,7 +129,7 @@ def _guess(matrix: Tensor, level: float) -> float:
 
 
 def _factorize(rows: Rows, level: float | Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """For which matrices the factorization `level I - G = R* R` runs to its end, and a bound of `‖|R|‖²`; a level for each or all.
+    """For which matrices the factorization `level I - G = R* R` runs to its end, and a bound of `‖|R|‖²`.
 
     A block of rows after the other, each from those above: it stays in the cache until it is done. Off the diagonal the rows
     have the other sign, which nothing notices.

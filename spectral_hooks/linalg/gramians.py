@@ -46,7 +46,7 @@ def gramians(matrices: Tensor) -> Gramians:
     gram = matrices.new_zeros(len(matrices), rows, rows)
     for part in matrices.split(_BLOCK, dim=2):
         for start in range(0, rows, panel):
-            gram[:, start : start + panel, start:] += part[:, start : start + panel] @ part[:, start:].mT
+            gram[:, start : start + panel, start:].add_(part[:, start : start + panel] @ part[:, start:].mT)
     for start in range(panel, rows, panel):
         gram[:, start:, start - panel : start] = gram[:, start - panel : start, start:].mT
     relative = rounding(rows, columns, matrices.dtype)
@@ -64,8 +64,8 @@ def largest_pairs(grams: Tensor, level: float, number: int, degree: int) -> Pair
     """The largest eigenpairs of matrices `(n, rows, rows)` from a space in which those above `level` were made large.
 
     A block from a fixed seed times two Chebyshev polynomials of half of this degree that are at most 1 on `[0, level]`; at
-    `(1 + e) level` they are `cosh(degree √e)²` or so. The values are estimates from below: eigenvalues near the level may be missed,
-    by little. Matrices whose products overflow get pairs without meaning.
+    `(1 + e) level` they are `cosh(degree √e)²` or so. The values are estimates from below: eigenvalues near the level may be
+    missed, by little. Matrices whose products overflow get pairs without meaning.
     """
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(grams.shape[1], number, generator=generator, dtype=torch.float64).to(grams).expand(len(grams), -1, -1)

@@ -5,13 +5,13 @@ of AdamW. With `G = W Wᵀ` on the smaller side, `U` its eigenvectors of those a
 
     W' = S W,    S = I - U D Uᵀ,    G' = S G S = G - U Yᵀ - Y Uᵀ,    Y = G U D - ½ U D (Uᵀ G U) D,
 
-so one Gram matrix serves the search, the clip and the proof, which is one Cholesky factor of `I - G'`. All in the precision of the
-weight: the depth of a clip pays for what rounding takes, which is bounded.
+so one Gram matrix serves the search, the clip and the proof, which is one Cholesky factor of `I - G'`. All in the precision of
+the weight: the depth of a clip pays for what rounding takes, which is bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, floor, inf, log2
 from typing import NamedTuple
 
@@ -33,12 +33,14 @@ _UNSURE = 100
 #: The degree of the polynomial that singles out the largest is this over the root of the depth, and it is small below this share
 #: of the depth.
 _SHARPNESS, _SINGLED = 2.6, 0.75
+#: After so many attempts, each among twice as many, all are to be found.
+_ATTEMPTS = 2
 #: The least number of singular values that are looked for, and how many more than were above the last time.
 _LEAST, _MORE = 24, 16
 
 
 class Few(NamedTuple):
-    """Of each matrix: what it becomes, None if it stays, whether its norm is proven to be at most the bound, how many were above."""
+    """Of each matrix: what it becomes, None if it stays, whether it is proven to be inside, how many were above."""
 
     weights: list[Tensor | None]
     proven: list[bool]
@@ -71,7 +73,7 @@ class _Part(NamedTuple):
 def clip_few(
     batches: Sequence[Tensor], max_norm: float, *, depth: float, numbers: Sequence[list[int]], outside: Sequence[list[bool]]
 ) -> list[Few]:
-    """Each matrix itself if its norm is proven to be at most `max_norm`, else with its few singular values that are above clipped.
+    """Each matrix itself if its norm is proven to be at most `max_norm`, else with its few singular values above clipped.
 
     `W - U diag(1 - t / σ) Uᵀ W` with `t = (1 - depth) max_norm`, over the largest singular values that are above `t`: all those
     above `max_norm`, and of those between as many as there is room for. What is inside stays bit for bit.
@@ -100,19 +102,21 @@ def clip_few(
     """
     c = check_max_norm(max_norm)
     found = [Few([None] * len(batch), [False] * len(batch), [0] * len(batch)) for batch in batches]
-    left = [(i, list(range(len(batch)))) for i, batch in enumerate(batches) if batch.numel() and widest(batch.device).itemsize == 8]
     if abs(log2(c)) > _RANGE:
         return found
-    for precise in (False, True):
-        parts = [_part(i, members, batches[i], c, precise or not _is_single(batches[i], c, depth)) for i, members in left]
-        asked = [[j for j, m in enumerate(p.members) if precise or not outside[p.batch][m]] for p in parts]
+    filled = [i for i, x in enumerate(batches) if x.numel() and widest(x.device) == torch.float64]
+    parts = [_part(i, list(range(len(batches[i]))), batches[i], c, not _is_single(batches[i], c, depth)) for i in filled]
+    asked = [[j for j, out in enumerate(outside[part.batch]) if not out] for part in parts]
+    for attempt in range(_ATTEMPTS):
         parts = _unproven(parts, asked, found)
-        parts = [p.some([j for j, m in enumerate(p.members) if numbers[p.batch][m]]) for p in parts]
-        parts = [p for p in parts if p.members]
-        _clip(parts, [max(numbers[p.batch][m] for m in p.members) << precise for p in parts], c, depth, found)
-        # where all that was found is above there is more
-        left = [(p.batch, [m for m in p.members if found[p.batch].above[m] < numbers[p.batch][m]]) for p in parts]
-        left = [(i, some) for i, members in left if (some := [m for m in members if not found[i].proven[m]])]
+        parts = _those(parts, lambda part, m: numbers[part.batch][m] > 0)
+        _clip(parts, [max(numbers[part.batch][m] for m in part.members) << attempt for part in parts], c, depth, found)
+        parts = _those(parts, lambda part, m: not found[part.batch].proven[m])
+        # more of them; but where all that was found is above there are too many
+        more = _those(parts, lambda part, m: 0 < found[part.batch].above[m] < numbers[part.batch][m])
+        near = [(part.batch, [m for m in part.members if not found[part.batch].above[m]]) for part in parts]
+        close = [_part(i, members, batches[i], c, True) for i, members in near if members]
+        parts, asked = more + close, [[] for _ in more] + [list(range(len(part.members))) for part in close]
     return found
 
 
@@ -152,17 +156,20 @@ def _grams(values: Tensor, c: float) -> Gramians:
     return Gramians(gram * (1 / c / c), squares, error + 2 * torch.finfo(gram.dtype).eps * squares)
 
 
+def _those(parts: list[_Part], which: Callable[[_Part, int], bool]) -> list[_Part]:
+    """The parts with those of their members for which this is so; parts without any are left out."""
+    chosen = [[j for j, m in enumerate(part.members) if which(part, m)] for part in parts]
+    return [part.some(some) for part, some in zip(parts, chosen, strict=True) if some]
+
+
 def _unproven(parts: list[_Part], asked: list[list[int]], found: list[Few]) -> list[_Part]:
     """The parts without those of these that are proven to be inside as they are."""
     grams = [part.grams_of(some) for part, some in zip(parts, asked, strict=True) if some]
     inside = iter(read([within_one(each.gram, each.error) for each in grams]))
-    left = []
     for part, some in zip(parts, asked, strict=True):
-        yes = {some[j] for j, proven in enumerate(next(inside).tolist()) if proven} if some else set()
-        for j in yes:
-            found[part.batch].proven[part.members[j]] = True
-        left.append(part.some([j for j in range(len(part.members)) if j not in yes]))
-    return left
+        for j, proven in zip(some, next(inside).tolist() if some else [], strict=True):
+            found[part.batch].proven[part.members[j]] = bool(proven)
+    return _those(parts, lambda part, m: not found[part.batch].proven[m])
 
 
 def _clip(parts: list[_Part], numbers: list[int], c: float, depth: float, found: list[Few]) -> None:

@@ -43,10 +43,14 @@ _BATCH_BYTES = 1 << 27
 
 
 class Clipped(NamedTuple):
-    """Matrices `(n, rows, columns)`, and numbers `(n,)` that their norms are proven not to exceed, in float64 on the host."""
+    """Matrices `(n, rows, columns)`, and numbers `(n,)` that their norms are proven not to exceed, in float64 on the host.
+
+    And how many singular values were above the bound, `(n,)`, as far as they were looked at.
+    """
 
     weights: Tensor
     norms: Tensor
+    above: Tensor | None = None
 
 
 class _Job(NamedTuple):
@@ -76,12 +80,17 @@ class _Job(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-    """The values of a job over its unit, their singular values, ascending, left vectors, and what a clip goes to."""
+    """The values of a job over its unit, their singular values, ascending, left vectors, what a clip goes to, and the bound."""
 
     values: Tensor
     sigma: Tensor
     vectors: Tensor
     target: Tensor
+    bound: Tensor
+
+    def above(self, level: Tensor) -> Tensor:
+        """How many singular values are above a level."""
+        return (self.sigma > level[:, None]).sum(1).to(level)
 
 
 @full_precision
@@ -119,18 +128,21 @@ def clip_matrices(
     """
     weights = [batch.detach().clone() for batch in batches]
     bounds = bounds_of(batches, max_norm)
-    norms = [bound.new_zeros(len(bound)) for bound in bounds]
+    norms, outside = ([bound.new_zeros(len(bound)) for bound in bounds] for _ in range(2))
     depths = _depths(batches, depth)
     jobs = [job for i, batch in enumerate(batches) if batch.numel() for job in _jobs(i, batch.detach(), bounds[i], depths[i])]
     while jobs:
         jobs, done = _attempt(jobs)
-        for job, stored, which, proven in done:
+        for job, stored, which, proven, above in done:
             _put(weights[job.batch], job.members[which], stored, which)
-            norms[job.batch][job.members[which]] = (proven * job.unit)[which]
+            index = torch.tensor(which, dtype=torch.long)
+            at = job.members.index_select(0, index)
+            norms[job.batch].index_copy_(0, at, (proven * job.unit).index_select(0, index))
+            outside[job.batch].index_copy_(0, at, above.index_select(0, index))
         jobs, given_up = [x for x in jobs if x.attempt < _ATTEMPTS], [x for x in jobs if x.attempt >= _ATTEMPTS]
         for batch, i in ((job.batch, i) for job in given_up for i in job.members.tolist()):
             norms[batch][i] = _measure_(weights[batch][i], float(bounds[batch][i]))
-    return [Clipped(*pair) for pair in zip(weights, norms, strict=True)]
+    return [Clipped(*each) for each in zip(weights, norms, outside, strict=True)]
 
 
 def bounds_of(batches: Sequence[Tensor], max_norm: float | Sequence[Tensor]) -> list[Tensor]:
@@ -182,13 +194,14 @@ def _jobs(index: int, batch: Tensor, bounds: Tensor, depths: Tensor) -> list[_Jo
     return [_Job(index, *part, precise) for part in parts]
 
 
-def _attempt(jobs: list[_Job]) -> tuple[list[_Job], list[tuple[_Job, Tensor, list[int], Tensor]]]:
-    """Clip what is outside and prove it all: what is left to do, and of each job its weights, which are proven, and by what."""
+def _attempt(jobs: list[_Job]) -> tuple[list[_Job], list[tuple[_Job, Tensor, list[int], Tensor, Tensor]]]:
+    """Clip what is outside and prove it all: what is left to do, and of each job its weights, which are proven, by what, and how
+    many singular values were above the bound."""
     left: list[_Job] = []
     spectra = [_spectrum(job) for job in jobs]
-    tops = read([torch.stack([exact(s.sigma[:, -1]), (s.sigma > s.target[:, None]).sum(1).to(s.target)]) for s in spectra])
-    tried: list[tuple[_Job, Tensor, Tensor, Tensor]] = []
-    for job, spectrum, (top, count) in zip(jobs, spectra, tops, strict=True):
+    tops = read([torch.stack([exact(s.sigma[:, -1]), s.above(s.target), s.above(s.bound)]) for s in spectra])
+    tried: list[tuple[_Job, Tensor, Tensor, Tensor, Tensor]] = []
+    for job, spectrum, (top, count, above) in zip(jobs, spectra, tops, strict=True):
         sure = torch.tensor(-_UNSURE if job.attempt else _UNSURE, dtype=torch.float64)
         cut = top > job.level * (1 + sure)
         near = job.precise | (top <= _FAR * job.level)
@@ -201,12 +214,12 @@ def _attempt(jobs: list[_Job]) -> tuple[list[_Job], list[tuple[_Job, Tensor, lis
         kept = job.level * (1 + _TOLERANCE)
         kept = kept if job.attempt else torch.minimum(kept, (1.001 * top).clamp(min=1e-3))
         claim = torch.where(cut, job.level * (1 - job.depth), kept)
-        tried.append((job, stored, claim.where(near, torch.zeros(())), near))
-    verdicts = read([_proven(job, stored, claim) for job, stored, claim, _ in tried])
-    done: list[tuple[_Job, Tensor, list[int], Tensor]] = []
-    for (job, stored, claim, near), verdict in zip(tried, verdicts, strict=True):
+        tried.append((job, stored, claim.where(near, torch.zeros(())), near, above))
+    verdicts = read([_proven(job, stored, claim) for job, stored, claim, _, _ in tried])
+    done: list[tuple[_Job, Tensor, list[int], Tensor, Tensor]] = []
+    for (job, stored, claim, near, above), verdict in zip(tried, verdicts, strict=True):
         proven = verdict > 0
-        done.append((job, stored, proven.nonzero().flatten().tolist(), claim))
+        done.append((job, stored, proven.nonzero().flatten().tolist(), claim, above))
         failed = (near & ~proven).nonzero().flatten().tolist()
         if failed:
             left.append(job.some(failed, precise=job.precise, attempt=job.attempt + 1))
@@ -223,13 +236,14 @@ def _spectrum(job: _Job) -> _Spectrum:
     squared, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], gram, 0.0))
     sigma = squared.clamp(min=0).sqrt()
     sigma[:, -1].masked_fill_(~finite, torch.inf)
-    level = (job.level * (1 - job.depth)).to(values.device)
+    bound = job.level.to(values.device)
+    level = bound * (1 - job.depth).to(values.device)
     top = exact(sigma[:, -1])
     # an eigenvalue is off by some eps of the largest one, so those at the level by more where that is far above
     own = _CLIP_ERROR + _CLIP_GROWTH * values.shape[1] ** 0.5
     lost = torch.finfo(dtype).eps * (own + 2 * (top / level).square())
     gap = _gap(job, level, exact(squares), lost.clamp(max=_MOST_LOST))
-    return _Spectrum(values, sigma, vectors, level * (1 - gap.clamp(max=0.9)))
+    return _Spectrum(values, sigma, vectors, level * (1 - gap.clamp(max=0.9)), bound)
 
 
 def _gap(job: _Job, level: Tensor, squares: Tensor, lost: Tensor) -> Tensor:
@@ -247,7 +261,7 @@ def _gap(job: _Job, level: Tensor, squares: Tensor, lost: Tensor) -> Tensor:
 
 def _cut(job: _Job, spectrum: _Spectrum, cut: Tensor, above: list[int]) -> Tensor:
     """The stored weights with the largest values, as many as are `above`, clipped at the target, where `cut` says so."""
-    values, sigma, vectors, target = spectrum
+    values, sigma, vectors, target, _ = spectrum
     rows = values.shape[1]
     over = torch.where(sigma > target[:, None], 1 - target[:, None] / sigma, 0.0).to(values)
     taken = vectors * over[:, None]

@@ -3,7 +3,8 @@
     python tests/benchmarks/transformer.py [--lr 1e-3] [--steps 20] [--threads 1] [--only default]
 
 Six layers of width 384, batch 8×256, AdamW. Every linear layer starts orthogonal, so that all singular values are at the bound.
-The runs take their steps in turn, so that other work on the machine disturbs all alike. For `every=10` only the mean tells. At the end the largest norm is shown, and the least share of a layer's singular values above 0.95.
+The runs take their steps in turn, so that other work on the machine disturbs all alike. For `every=10` only the mean
+tells. At the end the largest norm is shown, and the least share of a layer's singular values above 0.95.
 """
 
 from __future__ import annotations

@@ -241,7 +241,6 @@ def test_operations_and_waits_of_a_step_at_the_bound(slack: float | None, monkey
         push(weights, 2e-3 if seed < 4 else 0.1, seed)
         operations, waits = counted(monkeypatch, hook.after_step, weights)
         clips.append(hook.clipped)
-        print(slack, operations, waits, hook.clipped)
         assert operations <= 1500
         assert waits <= 12
         assert max(map(norm, weights)) <= 0.5 * ALLOWED

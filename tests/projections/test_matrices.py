@@ -219,5 +219,3 @@ def test_operations_and_readings_of_a_step_at_the_bound(monkeypatch: pytest.Monk
     operations, reads = counted(monkeypatch, lambda: clip_matrices(now, 1.0), now)
     assert operations <= 900
     assert reads <= 3
-
-
