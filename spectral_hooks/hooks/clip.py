@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from math import inf
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import projections
-from ..linalg.scaling import check_finite
 from ..norms.spectral_norm import spectral_norm
-from ..operators.base import KernelOperator, is_number
+from ..operators.base import is_number
 from ..operators.covering import Sizes
 from ..projections import Projection
 from ..projections.arguments import check_max_norm
@@ -25,10 +22,9 @@ from . import normalizations, settings, sizes
 from .atomic import write_all_
 from .base import FROZEN, Hook, check_count, check_flag
 from .capped import Capping
+from .inside import Way, brought_inside
 from .iterates import project_iterates
-from .keep import keep_inside
 from .pace import AUTO
-from .progress import shown
 from .report import Row
 from .share import shared
 from .watch import Job, Known, still_inside
@@ -268,48 +264,14 @@ class SpectralClip(Hook):
         if self.projection in (projections.clip, projections.soft_cap):
             jobs = still_inside(jobs, self.bound)
         if not all(job.is_inside for job in jobs):
-            jobs = self._brought_inside(jobs, slack)
+            way = Way(self.projection, self.bound, self.rounds, slack, self.naming, self.shows_bars)
+            jobs = brought_inside(jobs, way)
         known.update((job.whole.target.name, job.known) for job in jobs if job.known is not None)
         return [job.change for job in jobs]
-
-    def _brought_inside(self, jobs: list[Job], slack: float | None) -> list[Job]:
-        """The jobs, those that are in doubt proven to be inside, or with a change that brings them there."""
-        results = list(jobs)
-        doubtful = [i for i, job in enumerate(jobs) if not job.is_inside]
-        single = {i for i in doubtful if self.projection is projections.clip and jobs[i].whole.is_plain}
-        together = [i for i in doubtful if i in single and jobs[i].known is not None]
-        for i in together:
-            far = jobs[i].far
-            if far is None or not far < inf:  # else the weight is finite: it is not far from one that is
-                with self.naming(jobs[i].whole.target.name):
-                    check_finite(jobs[i].op.weight)
-        kept = keep_inside([jobs[i] for i in together], self.bound, rounds=self.rounds, slack=slack)
-        for i, job in zip(together, kept, strict=True):
-            results[i] = job
-        for i in shown([i for i in doubtful if i not in set(together)], "projecting weights", self.shows_bars):
-            with self.naming(jobs[i].whole.target.name):
-                if i in single:
-                    (results[i],) = keep_inside([jobs[i]], self.bound, rounds=self.rounds, slack=slack)
-                else:
-                    results[i] = self._by_itself(jobs[i])
-        return results
-
-    def _by_itself(self, job: Job) -> Job:
-        """The job with what its projection makes of it, and with what is then known of it."""
-        change = job.whole.inside(self._one, self.bound)
-        if self.projection is not projections.soft_cap or not job.whole.is_plain:
-            return replace(job, change=change)
-        return job.changed(change, self.bound) if isinstance(change, Tensor) else job.proven(self.bound)
 
     def _measure(self, wholes: Iterable[Whole | WholeSum]) -> None:
         operators = (op for whole in wholes for op in whole.operators)
         self.largest_norm = max((float(spectral_norm(op, rtol=1e-2)) for op in operators), default=None)
-
-    def _one(self, op: KernelOperator, max_norm: float) -> Tensor:
-        """The projection of one operator."""
-        if self.projection is projections.clip:
-            return projections.clip(op, max_norm, rounds=self.rounds)
-        return self.projection(op, max_norm)
 
     # -- resuming ---------------------------------------------------------------------------------------------------------
 
