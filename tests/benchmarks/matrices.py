@@ -3,8 +3,8 @@
     python tests/benchmarks/matrices.py [--steps 20] [--slack 0.02]
 
 The textbook: `G = W Wᵀ`, `eigh`, `W - U max(1 - c / σ, 0) Uᵀ W`, without a proof. A step is a random move of 1e-3 of the weight,
-Frobenius. `exact`: every step clipped to the bound and proven. `slack`: where the proven norm of the move does not suffice, the
-matrix is clipped that much deeper, so most steps need the bound of the move only. Before and after, the matrix is checked to
+Frobenius. `exact`: every step clipped to the bound and proven. `slack`: every step proven, and where that fails,
+what is above clipped that much deeper. Before and after, the matrix is checked to
 have many singular values at the bound, and none above. The last row: 24 layers of 4 shapes.
 """
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectral_hooks.projections.matrices import Clipped, clip_matrices
-from spectral_hooks.projections.moved import moved_norms
+from spectral_hooks.projections.few import block_for, clip_few
+from spectral_hooks.projections.matrices import clip_matrices
 
 SHAPES = ((256, 256), (768, 768), (768, 3072))
 LAYERS = ((96, 96), (96, 384), (384, 96), (192, 64))
@@ -57,29 +57,30 @@ class Hook:
     """What a training hook does with these batches after every step, at the bound 1."""
 
     def __init__(self, batches: list[Tensor], slack: float) -> None:
-        self.slack, self.clips = slack, 0
+        self.slack, self.clips, self.first = slack, 0, True
         self.known = clip_matrices(batches, 1.0)
-        self.sharply = [torch.zeros(len(x), dtype=torch.bool) for x in batches]
+        self.above = [[0] * len(x) for x in batches]
 
     def step(self, batches: list[Tensor]) -> list[Tensor]:
         """Each batch, inside."""
-        if not self.slack:
-            self.known = clip_matrices(batches, 1.0)
-            return [x.weights for x in self.known]
-        moved = moved_norms(batches, self.known, 1.0, self.sharply)
-        self.sharply = [x.sharply for x in moved]
-        batches = list(batches)
-        for i, found in enumerate(moved):
-            out = (found.norms == float("inf")).nonzero().flatten()
-            if len(out):
-                self.clips += len(out)
-                [clipped] = clip_matrices([batches[i][out]], 1.0, depth=self.slack)
-                batches[i] = batches[i].index_copy(0, out, clipped.weights)
-                last = self.known[i]
-                self.known[i] = Clipped(
-                    last.weights.index_copy(0, out, clipped.weights), last.norms.index_copy(0, out, clipped.norms)
-                )
-        return batches
+        if not self.slack or self.first:
+            self.first = False
+            return [x.weights for x in clip_matrices(batches, 1.0, depth=self.slack)]
+        numbers = [[block_for(k) for k in above] for above in self.above]
+        numbers = [[n if 4 * n <= min(x.shape[1:]) else 0 for n in some] for some, x in zip(numbers, batches, strict=True)]
+        outside = [[k > 0 for k in above] for above in self.above]
+        results = []
+        found = clip_few(batches, 1.0, depth=self.slack, numbers=numbers, outside=outside)
+        for i, (batch, few) in enumerate(zip(batches, found, strict=True)):
+            self.above[i] = list(few.above)
+            self.clips += sum(weight is not None for weight in few.weights)
+            now = torch.stack([was if weight is None else weight for was, weight in zip(batch, few.weights, strict=True)])
+            left = [j for j, proven in enumerate(few.proven) if not proven]
+            if left:
+                self.clips += len(left)
+                now[left] = clip_matrices([batch[left]], 1.0, depth=self.slack)[0].weights
+            results.append(now)
+        return results
 
 
 def moves(batches: list[Tensor]) -> list[Tensor]:
