@@ -5,7 +5,7 @@ Layers of one canonical shape go through it together, and one layer is a batch o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, prod, sqrt
 
 import torch
@@ -20,8 +20,8 @@ from ..projections.dual import clip_kernel
 from ..projections.settle import settle
 from .keep_matrices import kept_matrices
 from .keep_small import Move, are_small, kept_small
+from .keep_wide import is_wide, kept_wide
 from .watch import Job, alike
-from .wide import is_wide, kept_wide
 
 #: How much deeper than the bound weights are clipped at most, relative to it, unless it is said: kernels, whose certificates cost
 #: much, and matrices.
@@ -41,56 +41,35 @@ def keep_inside(jobs: Sequence[Job], max_norm: float, *, rounds: int, slack: flo
     A weight of which nothing is known comes as close to the bound as `projections.clip` takes it. Later clips go deeper, by at
     most `slack`, of which None is the default: that leaves room in which to move, and for certificates that cost little.
     """
-    results = list(jobs)
+    results: list[Job | None] = [None] * len(jobs)
     slack, of_matrices = (_SLACK, _SLACK_OF_MATRICES) if slack is None else (slack, slack)
-    matrices = [i for i, job in enumerate(jobs) if job.is_matrix]
-    for i, job in zip(matrices, kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices), strict=True):
-        results[i] = job
-    small = [i for i, job in enumerate(jobs) if not job.is_matrix and _is_small(job, slack)]
-    moves = [_move(jobs[i], jobs[i].op.canonical_shape, max_norm, slack) for i in small]
-    kept_at_once = {
-        i: job for i, job in zip(small, kept_small([jobs[i] for i in small], moves, max_norm), strict=True) if job is not None
-    }
-    moving: dict[Grid | None, list[tuple[int, Tensor]]] = {}
-    for i, job in enumerate(jobs):
-        if job.is_matrix:
-            continue
-        if i in kept_at_once:
-            results[i] = kept_at_once[i]
-            continue
-        kernel = job.op.canonical().detach()
-        if slack >= _LEAST_DEPTH and _moves(job, kernel):
-            moving.setdefault(job.op.frequency_grid, []).append((i, kernel))
-        else:
-            results[i] = _to_the_bound(job, max_norm, rounds)
-    for members, kernels in (batch for on_one_grid in moving.values() for batch in alike(on_one_grid)):
-        kept = _kept([jobs[i] for i in members], kernels, max_norm, rounds, slack)
-        for i, job in zip(members, kept, strict=True):
+
+    def fill(numbers: Iterable[int], kept: Iterable[Job | None]) -> None:
+        for i, job in zip(numbers, kept, strict=True):
             results[i] = job
-    return results
+
+    matrices = [i for i, job in enumerate(jobs) if job.is_matrix]
+    fill(matrices, kept_matrices([jobs[i] for i in matrices], max_norm, of_matrices))
+    moves = {i: _move(job, max_norm, slack) for i, job in enumerate(jobs) if results[i] is None and _moves(job, slack)}
+    small = [i for i in moves if are_small(jobs[i].op)]
+    fill(small, kept_small([jobs[i] for i in small], [moves[i] for i in small], max_norm))
+    grids: dict[Grid | None, list[tuple[int, Tensor]]] = {}
+    for i in moves:
+        if results[i] is None:
+            grids.setdefault(jobs[i].op.frequency_grid, []).append((i, jobs[i].op.canonical().detach()))
+    for members, kernels in (batch for others in grids.values() for batch in alike(others)):
+        fill(members, _kept([jobs[i] for i in members], kernels, [moves[i] for i in members], max_norm, rounds))
+    return [_to_the_bound(jobs[i], max_norm, rounds) if kept is None else kept for i, kept in enumerate(results)]
 
 
-def _is_small(job: Job, slack: float) -> bool:
-    """Whether it goes with the others of its shape, all at once."""
-    return (
-        slack >= _LEAST_DEPTH
-        and job.far is not None
-        and job.far < inf
-        and job.op.kind != "finite"
-        and job.op.frequency_grid is None
-        and are_small(job.op.canonical_shape)
-    )
-
-
-def _moves(job: Job, kernel: Tensor) -> bool:
+def _moves(job: Job, slack: float) -> bool:
     """Whether it is known from where it has moved, and is certified at frequencies: on the lattice or a grid, or of matrices."""
-    is_matrix = prod(kernel.shape[3:]) == 1
-    return job.far is not None and job.far < inf and (is_matrix or job.op.kind != "finite")
+    of_matrices = prod(job.op.canonical_shape[3:]) == 1
+    return slack >= _LEAST_DEPTH and job.far is not None and job.far < inf and (of_matrices or job.op.kind != "finite")
 
 
-def _kept(jobs: list[Job], kernels: Tensor, max_norm: float, rounds: int, slack: float) -> list[Job]:
+def _kept(jobs: list[Job], kernels: Tensor, moves: list[Move], max_norm: float, rounds: int) -> list[Job]:
     """`keep_inside` of a batch of one canonical shape, of weights that have moved, with their canonical kernels."""
-    moves = [_move(job, kernels.shape, max_norm, slack) for job in jobs]
     if not is_wide(kernels) or jobs[0].op.frequency_grid is not None:
         return _kept_together(jobs, kernels, moves, max_norm, rounds)
     parts = zip(jobs, kernels.split(len(kernels) // len(jobs)), moves, strict=True)
@@ -128,17 +107,12 @@ def _kept_together(jobs: list[Job], kernels: Tensor, moves: list[Move], max_norm
     return results
 
 
-def _move(job: Job, shape: tuple[int, ...], max_norm: float, slack: float) -> Move:
-    """Of a job whose canonical kernel has this shape."""
-    pace = _pace(job, max_norm)
+def _move(job: Job, max_norm: float, slack: float) -> Move:
+    """Of a job that has moved."""
+    pace, shape = job.pace(max_norm) * job.op.lattice_factor, job.op.canonical_shape
     # for a room `x` the certificates of a convolution cost some `pace / x²` a step, and more for wide ones; a matrix's little
     wish = sqrt(pace * max(min(shape[1:3]) / _WIDE, 1))
     return Move(pace, 0.0 if prod(shape[3:]) == 1 else min(max(wish, _LEAST_DEPTH), slack))
-
-
-def _pace(job: Job, max_norm: float) -> float:
-    """By how much it moves per projection at most, relative to the bound."""
-    return job.pace(max_norm) * job.op.lattice_factor
 
 
 def _to_the_bound(job: Job, max_norm: float, rounds: int) -> Job:

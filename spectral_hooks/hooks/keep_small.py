@@ -48,10 +48,11 @@ class Kept(NamedTuple):
     is_new: bool
 
 
-def are_small(shape: tuple[int, ...]) -> bool:
-    """Whether canonical kernels of this shape are small: few channels, and more than one tap."""
-    rows, columns, *taps = shape[1:]
-    return prod(taps) > 1 and min(rows, columns) <= _SMALL and cover_bytes(shape[1:], _ANGLES[0]) <= _MOST_BYTES
+def are_small(op: KernelOperator) -> bool:
+    """Whether canonical kernels are small, few channels and more than one tap, and are certified for every frequency."""
+    shape = op.canonical_shape[1:]
+    few = prod(shape[2:]) > 1 and min(shape[:2]) <= _SMALL and op.frequency_grid is None
+    return few and cover_bytes(shape, _ANGLES[0]) <= _MOST_BYTES
 
 
 def kept_small(jobs: Sequence[Job], moves: Sequence[Move], max_norm: float) -> list[Job | None]:

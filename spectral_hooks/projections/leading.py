@@ -29,17 +29,17 @@ _COLUMNS_EACH, _MORE_COLUMNS, _FILLED, _LARGEST_SHARE = 1.5, 12, 0.9, 0.4
 _ROUNDS = 2
 
 
-class Few(NamedTuple):
+class Leading(NamedTuple):
     """A clipped kernel, and what the next clip starts from."""
 
     kernel: Tensor
     #: Orthonormal columns near the left singular vectors (of the smaller side) of the largest singular values, at each frequency
     #: and of each group: `(frequencies, groups, size, columns)`.
-    leading: Tensor
+    vectors: Tensor
 
 
 @torch.no_grad()
-def clip_few(op: KernelOperator, kernel: Tensor, level: float, leading: Tensor | None = None) -> Few | None:
+def clip_leading(op: KernelOperator, kernel: Tensor, level: float, leading: Tensor | None = None) -> Leading | None:
     """The canonical kernel with what is above the level taken away, nearly; None if that is not a few values.
 
         K ← K - τ P Σ_θ w(θ) exp(i t·θ) U₊ (1 - level / Σ₊) U₊* F(θ)
@@ -73,7 +73,7 @@ def clip_few(op: KernelOperator, kernel: Tensor, level: float, leading: Tensor |
         spread = cropped.square().flatten(1).sum(1)
         step = (length / spread.clamp(min=torch.finfo(spread.dtype).tiny)).clamp(min=1)
         kernel = kernel - cropped * each(step, kernel.ndim - 1)
-    return Few(kernel, leading)
+    return Leading(kernel, leading)
 
 
 def _chessboard(kernel: Tensor) -> tuple[Tensor, Tensor]:

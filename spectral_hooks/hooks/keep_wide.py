@@ -15,7 +15,7 @@ from torch import Tensor
 from ..linalg.precision import exact, float32_is_kept
 from ..norms.proofs import certificates
 from ..operators.base import KernelOperator
-from ..projections.leading import clip_few
+from ..projections.leading import clip_leading
 from .watch import Job, Known
 
 #: From how many channels on, of the side that has fewer.
@@ -52,7 +52,7 @@ def _clipped(job: Job, kernel: Tensor, pace: float, depth: float, max_norm: floa
     """The job with its clip, proven to be inside, from what the last one knew; None where that is not found."""
     op, unit = job.op, max_norm / job.op.lattice_factor
     scaled = (exact(kernel) / unit).to(torch.float32 if float32_is_kept() else torch.float64)
-    found = clip_few(op, scaled, 1 - depth, leading)
+    found = clip_leading(op, scaled, 1 - depth, leading)
     if found is None:
         return None
     change = scaled - found.kernel
@@ -63,7 +63,7 @@ def _clipped(job: Job, kernel: Tensor, pace: float, depth: float, max_norm: floa
         norm = _certified(stored, stored.canonical(), pace, depth, max_norm)
         if norm <= max_norm:
             job = job.changed(stored.weight, norm)
-            return replace(job, known=cast(Known, job.known)._replace(leading=found.leading))
+            return replace(job, known=cast(Known, job.known)._replace(leading=found.vectors))
     return None
 
 

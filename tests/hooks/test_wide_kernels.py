@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import spectral_hooks as sh
 from spectral_hooks.hooks import keep, watch
 from spectral_hooks.hooks.watch import Job, Known
-from spectral_hooks.projections.leading import clip_few
+from spectral_hooks.projections.leading import clip_leading
 from spectral_hooks.weights.targets import Target, Whole
 
 SIZE = 48
@@ -31,7 +31,7 @@ LAYERS = {
 @pytest.fixture(autouse=True)
 def as_wide_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of so few channels go with the small ones, all at once; here they stand for those of hundreds."""
-    monkeypatch.setattr(keep, "are_small", lambda shape: False)
+    monkeypatch.setattr(keep, "are_small", lambda op: False)
 
 
 def norm(op: sh.LinearOperator) -> float:
@@ -129,7 +129,7 @@ def test_the_clip_is_hardly_farther_than_that_of_all_values() -> None:
     """At the same depth, each scaled to it: by one round on the full grid, decomposed."""
     op, known = at_the_bound()
     kernel = op.with_weight(op.weight + step_like(op.weight, 9, 0.15)).canonical().detach()
-    found = clip_few(op, kernel, 0.92, known.leading)
+    found = clip_leading(op, kernel, 0.92, known.leading)
     assert found is not None
     reference, _ = sh.projections.dual.clip_kernel(op, kernel.double(), 0.92, 1, stretch=False)
     distances = []
@@ -162,14 +162,14 @@ def test_a_subspace_that_has_lost_the_large_values_is_noticed(decompositions: li
 
 def test_many_values_above_the_level_are_not_few() -> None:
     kernel = torch.eye(SIZE).reshape(1, SIZE, SIZE, 1, 1) * torch.ones(3, 3)
-    assert clip_few(sh.as_operator(layer("plain")), kernel, 0.5) is None
+    assert clip_leading(sh.as_operator(layer("plain")), kernel, 0.5) is None
 
 
 def test_leading_vectors_of_another_kernel_are_refused() -> None:
     op, known = at_the_bound()
     assert known.leading is not None
     with pytest.raises(ValueError, match="`leading`"):
-        clip_few(op, op.canonical().detach(), 0.9, known.leading[:3])
+        clip_leading(op, op.canonical().detach(), 0.9, known.leading[:3])
 
 
 def test_a_resumed_run_goes_on_inside_with_or_without_what_is_known() -> None:
