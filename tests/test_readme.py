@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, each by itself, in order and from an empty folder."""
+"""Every Python block of the README and of the pages of `docs` runs, each by itself, in order and from an empty folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: What a block needs besides the core, by a word in it.
 _NEEDS = {"integrations.lightning": "lightning"} | {f"import {name}": name for name in ("accelerate", "keras", "skorch", "timm")}
 _NEEDS |= {"from transformers": "transformers", "from accelerate": "accelerate", "from ignite": "ignite"}
 
 
-def _blocks() -> list[tuple[int, str]]:
-    """Line number and source of each block."""
-    text = README.read_text(encoding="utf-8")
+def _blocks(page: Path) -> list[tuple[Path, int, str]]:
+    """Page, line number and source of each block."""
+    text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+    return [(page, text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
 
 
 def _promised(source: str) -> list[str]:
@@ -27,22 +28,25 @@ def _promised(source: str) -> list[str]:
 
 
 def test_has_blocks() -> None:
-    assert len(_blocks()) >= 5
-    assert sum(len(_promised(source)) for _, source in _blocks()) >= 2
+    blocks = _blocks(PAGES[0])
+    assert len(blocks) >= 5
+    assert sum(len(_promised(source)) for *_, source in blocks) >= 2
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what a trainer says about loaders and devices
-@pytest.mark.parametrize(("line", "source"), [pytest.param(*block, id=f"line{block[0]}") for block in _blocks()])
+@pytest.mark.parametrize(
+    ("page", "line", "source"), [pytest.param(*block, id=f"{page.stem}{block[1]}") for page in PAGES for block in _blocks(page)]
+)
 def test_block_runs(
-    line: int, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path, line: int, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for word, module in _NEEDS.items():
         # not by importing it: keras reads its backend from the environment when it is imported
         if word in source and importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
     monkeypatch.chdir(tmp_path)
-    # line numbers in a traceback are the README's
-    exec(compile("\n" * (line - 1) + source, str(README), "exec"), {"__name__": "readme"})
+    # line numbers in a traceback are the page's
+    exec(compile("\n" * (line - 1) + source, str(page), "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in _promised(source) if line not in printed] == []
     # nothing is left behind but what the block names
