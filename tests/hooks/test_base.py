@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import spectral_hooks as sh
-from spectral_hooks.hooks import Hook, clip, normalizations
+from spectral_hooks.hooks import Hook, inside, normalizations
 from spectral_hooks.operators import ConvOperator, DenseOperator
 from spectral_hooks.weights import targets
 
@@ -287,7 +287,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(targets, "full")
     count(targets, "check_finite")
-    count(clip, "check_finite")
+    count(inside, "check_finite")
     count(ConvOperator, "canonical")
     count(DenseOperator, "canonical")
     return counts
