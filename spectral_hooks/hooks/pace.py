@@ -159,8 +159,8 @@ def warn_of_cost(hook: object, figures: Figures, period: int) -> None:
     acting = figures.acting / period
     warnings.warn(
         f"projections take longer than training: {hook!r} takes {acting:.3g} s a step, and training {figures.training:.3g} s. "
-        f'With every="auto", or every={figures.fits}, they take a tenth of it, and between them weights may exceed the bound; more '
-        "`slack=` lets weights rest between clips; `apply_spectral` (spectral_hooks.integrations.timm) constrains layers by "
+        f'With every="auto", or every={figures.fits}, they take a tenth of it, and between them weights may exceed the bound; '
+        "more `slack=` lets weights rest between clips; `apply_spectral` (spectral_hooks.integrations.timm) constrains layers by "
         "construction instead.",
         stacklevel=2,
     )
