@@ -58,3 +58,31 @@ def test_transforms_of_the_inputs(name: str, frozen: bool, trains: bool, gain: f
         alone(x).square().sum().backward()
         for ours, theirs in zip(layer.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ensembles_of_rescaled_models() -> None:
+    """Models stacked and batched give what each gives, with its gradients, and torch has nothing to warn of."""
+
+    def made() -> nn.Module:
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(8, 70, 2)]
+        return nn.Sequential(*map(parametrizations.rescaled, layers)).double()
+
+    torch.manual_seed(0)
+    models, x = [made() for _ in range(3)], torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            for parameter in model.parameters():
+                parameter.mul_(0.5 + i / 2)
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    found = torch.func.vmap(call)(parameters, buffers)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]))
+    found.square().sum().backward()
+    for i, model in enumerate(models):
+        model(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameters[name].grad[i], parameter.grad)
