@@ -246,12 +246,12 @@ class SpectralClipCallback(HookCallback):
                 f"`lora` has no meaning in Keras; got {options['lora']!r}: leave it away. A layer after enable_lora() makes its "
                 "kernel anew in every call, so it is left out, and `skipped` says so."
             )
-        super().__init__(hooks.SpectralClip(max_norm, split=split, **options))
-        if options.get("example") is not None:
+        if options.get("example") is not None:  # whatever it is: arrays too
             raise NotImplementedError(
                 "`example` is not supported in Keras, for the hook sees kernels and no forward: leave it away, and layers are "
                 "bounded at every input size."
             )
+        super().__init__(hooks.SpectralClip(max_norm, split=split, **options))
 
     def of_epoch(self, name: str, values: list[float]) -> float:
         if name == "spectral_clip/every":

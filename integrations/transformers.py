@@ -40,9 +40,10 @@ class HookCallback(HookHolder, TrainerCallback):
     optimizer its events are enough. DeepSpeed and the old FSDP, which train on copies of the weights, are a NotImplementedError
     at the start.
 
-    Every checkpoint gets a file of what the hook knows (of a `SpectralClip`, as large as the weights). A run that is resumed with
-    the same settings from a checkpoint in its own `output_dir` goes on from that. One from a checkpoint elsewhere, from one with
-    `save_only_model` or with other settings counts on from the Trainer's global step and knows nothing else, and INFO says so.
+    Every checkpoint gets a file of what the hook knows (of a `SpectralClip`, as large as the weights, and with wide convolutions
+    that are clipped often some times that). A run that is resumed with the same settings from a checkpoint in its own
+    `output_dir` goes on from that. One from a checkpoint elsewhere, from one with `save_only_model` or with other settings counts
+    on from the Trainer's global step and knows nothing else, and INFO says so.
 
     What the hook measures (its option `log`) goes to the Trainer's logs, and for every action to `history`. Reporters
     (TensorBoard, W&B) run before what stands in `callbacks=`: for them use `add_to`.

@@ -201,7 +201,9 @@ class _Batch:
         ):
             job, last = self.jobs[i], self.carried[i]._replace(certified=self.step) if due else self.carried[i]
             weight = _as_weight(job, weight)
-            after[i] = (weight if acted else None, last._replace(weight=weight, norm=norm) if new else last)
+            if new:  # by itself: a view would keep all matrices of this step as long as one of them rests
+                last = last._replace(weight=weight.clone(), norm=norm.clone())
+            after[i] = (weight if acted else None, last)
         return after
 
 

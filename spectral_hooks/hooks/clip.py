@@ -41,7 +41,9 @@ class SpectralClip(Hook):
     stored in, is at most `max_norm` (certified; within 1e-6 counts as equal).
 
     Most steps cost little: with `V` a weight that was certified, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(W - V)‖`, and a coarse bound of the second
-    term will do until the weight has moved far. The hook keeps such a `V` of every weight (as much memory again as the weights).
+    term will do until the weight has moved far. The hook keeps such a `V` of every weight (as much memory again as the weights),
+    and of kernels with 48 channels or more, once they were clipped, where their large singular values lie (commonly as much as
+    the kernel in float32, at most four times that). Both are in `state_dict()`.
 
     The weights are inside after the last write of wrapped optimizers (SAM, Lookahead, ZeRO, Opacus, Accelerate), and slow weights
     too. Of a schedule-free optimizer the fast iterate and the average are projected, so that the weights are inside where it

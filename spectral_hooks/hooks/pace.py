@@ -31,8 +31,8 @@ _BLOCKS = 3
 _QUICK, _LONG, _TOLD = 1, 16, 4
 #: A pace beyond which it is not tried out whether it is slow enough: that would take some hundreds of steps.
 _SLOWEST_TRIED = 100
-#: Seconds a step below which nobody minds that a hook takes longer than training.
-_WORTH_A_WARNING = 0.01
+#: Seconds a step, and in all, below which nobody minds that a hook takes longer than training: a demonstration is soon over.
+_WORTH_A_WARNING, _FELT = 0.01, 20.0
 
 
 class Figures(NamedTuple):
@@ -48,6 +48,10 @@ class Figures(NamedTuple):
             return 1
         steps = self.acting / (SHARE * self.training) if self.training > 0 else inf
         return max(ceil(min(steps, 1e9) * (1 - 1e-9)), 1)  # what fits but for rounding fits
+
+    def is_slow(self, period: int) -> bool:
+        """Whether acting once in so many steps takes longer than their training, and long enough for anybody to mind."""
+        return self.acting / period > max(self.training, _WORTH_A_WARNING)
 
 
 class Pace:
@@ -72,13 +76,15 @@ class Pace:
         self._devices = [device for device in dict.fromkeys(devices) if device.type not in ("cpu", "meta")]
         self._entered = 0.0
         self._left: float | None = None
-        self._skipped = 0
+        self._seen = self._skipped = 0
+        #: What has been found to be slow, and has not yet taken long enough in all to be told.
+        self._slow: Figures | None = None
         #: Training and acting of each step since the last look; the last may not have ended.
         self._steps: list[list[float]] = []
 
     def enter(self) -> None:
         """The hook is called."""
-        self._entered = self._now()
+        self._entered = self._now() if self._slow is None else 0.0
 
     def leave(self, *, is_new: bool) -> Figures | None:
         """The hook has done what it was called for.
@@ -87,8 +93,12 @@ class Pace:
             is_new: whether it was called for a step; else for more of the last one.
 
         Returns:
-            What it takes, when enough steps are seen for a look: give it to `look`.
+            What it takes, when enough steps are seen for a look: give it to `look`. Of a hook that is slow with the number that
+            was asked for, once that has cost some time.
         """
+        self._seen += is_new
+        if self._slow is not None:
+            return self._told(self._slow)
         now, before = self._now(), self._left
         self._left = now
         if before is None:
@@ -100,7 +110,8 @@ class Pace:
             self._steps.append(passed)
         elif self._steps:
             self._steps[-1] = [old + new for old, new in zip(self._steps[-1], passed, strict=True)]
-        return self._figures() if is_new else None
+        figures = self._figures() if is_new else None
+        return figures if figures is None or self.every == AUTO else self._told(figures)
 
     def look(self, fits: int) -> bool:
         """Look at what fits, a number of steps on which all processes have agreed: try that, or go on to the next look.
@@ -116,6 +127,12 @@ class Pace:
             if fits > _SLOWEST_TRIED:
                 self._looks.clear()
         return not self._looks
+
+    def _told(self, figures: Figures) -> Figures | None:
+        """The figures, unless they are worth a warning that is too early."""
+        is_early = figures.is_slow(self.period) and figures.acting / self.period * self._seen < _FELT
+        self._slow = figures if is_early else None
+        return None if is_early else figures
 
     def _figures(self) -> Figures | None:
         """By whole blocks of ended steps, each of whole periods; None if there are too few."""
@@ -137,13 +154,14 @@ class Pace:
 
 def warn_of_cost(hook: object, figures: Figures, period: int) -> None:
     """Say once what a hook takes, if that is more than training, and what can be done."""
-    acting = figures.acting / period
-    if acting <= max(figures.training, _WORTH_A_WARNING):
+    if not figures.is_slow(period):
         return
+    acting = figures.acting / period
     warnings.warn(
         f"projections take longer than training: {hook!r} takes {acting:.3g} s a step, and training {figures.training:.3g} s. "
-        f'With every="auto", or every={figures.fits}, they take a tenth of it; more `slack=` lets weights rest between clips; '
-        "`apply_spectral` (spectral_hooks.integrations.timm) constrains layers by construction instead.",
+        f'With every="auto", or every={figures.fits}, they take a tenth of it, and between them weights may exceed the bound; '
+        "more `slack=` lets weights rest between clips; `apply_spectral` (spectral_hooks.integrations.timm) constrains layers by "
+        "construction instead.",
         stacklevel=2,
     )
 

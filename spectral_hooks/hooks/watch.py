@@ -111,7 +111,9 @@ class Job:
         return replace(self, known=self._know(norm, weight), change=None if weight is self.op.weight else weight)
 
     def _know(self, norm: float, weight: Tensor | None = None) -> Known:
-        return know(self.op, norm, weight)._replace(leading=None if self.known is None else self.known.leading)
+        # a run may be resumed with another layer of this name
+        leading = self.known.leading if self.known is not None and _is_known(self) else None
+        return know(self.op, norm, weight)._replace(leading=leading)
 
 
 def know(op: KernelOperator, norm: float, weight: Tensor | None = None) -> Known:

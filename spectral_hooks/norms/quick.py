@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import cos, floor, inf, log2, pi, prod, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ def quick(op: KernelOperator) -> Tensor:
     compiles and exports as one graph. It is a function of the weight alone, and remembers nothing.
 
     Returns:
-        0-d tensor in float64. Upper bound; NaN for a weight that is not finite. Its gradient is that of the norm at the winner.
+        0-d tensor in float64. Upper bound; NaN for a weight that is not finite. Its gradient is that of the norm at the winner;
+        second derivatives leave out how its vectors turn.
 
     Cost: with `n` the smaller number of channels, `O(frequencies · n³)`, in the last case `O(taps · n³)`; the gradient `O(n²)`.
 
@@ -233,6 +235,13 @@ def _(kernel: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     vector = torch.complex128 if theta.shape[1] else torch.float64
     left, right = (kernel.new_empty(n, dtype=vector) for n in kernel.shape[1:3])
     return kernel.new_empty(1, dtype=torch.long), left, right, kernel.new_empty((), dtype=widest(kernel.device))
+
+
+@_largest.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], kernel: Tensor, theta: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    # as vmap does with what it knows no rule for, but for its warning; a grid is made of sizes, so it is one for all
+    found = [_largest(each, theta) for each in kernel.movedim(in_dims[0] or 0, 0)]
+    return tuple(torch.stack(each) for each in zip(*found, strict=True)), (0, 0, 0, 0)
 
 
 def _proven(grams: Tensor, estimate: Tensor) -> Tensor:

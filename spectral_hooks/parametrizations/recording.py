@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 
@@ -41,5 +40,10 @@ def held(x: Tensor) -> Tensor:
 
 
 def is_transformed(weight: Tensor) -> bool:
-    """Whether it stands for more than its values: a batched tensor cannot be compared, a dual one would lose its tangent."""
-    return is_functorch_wrapped_tensor(weight) or forward_ad.unpack_dual(weight).tangent is not None
+    """Whether it may stand for more than its values: within a transform of `torch.func`, or with a tangent.
+
+    Within a transform of the inputs alone too: there autograd functions need more than elsewhere, what is made belongs to the
+    transform, and parameters must not be written to.
+    """
+    # a batched tensor cannot be compared, a dual one would lose its tangent
+    return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(weight).tangent is not None

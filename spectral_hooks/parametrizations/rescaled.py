@@ -41,8 +41,9 @@ def rescaled(
 
     Gradients flow through the bound, but for one thing: where a descent would shorten the weight, the derivative of the scale is
     left out, since through it the length of `W` has none, and nothing outside would find back. So training ends where
-    the loss has no descent inside the ball. `W` starts inside; a training forward that finds it beyond twice the bound puts the
-    layer's weight in its place (not in compiled graphs, under `torch.func` and FSDP, where gradients alone lead back).
+    the loss has no descent inside the ball. Second derivatives leave out how singular vectors turn. `W` starts inside; a
+    training forward that finds it beyond twice the bound puts the layer's weight in its place (not in compiled graphs, under
+    `torch.func` and FSDP, where gradients alone lead back).
 
     Args:
         layer: a linear or convolutional layer, changed in place. One that is rescaled already is given the new bound.

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 
 from ..linalg.orthonormal import polished
 from ..linalg.precision import exact, in_full_precision
 from ..operators.base import is_whole
+from .recording import is_transformed
 from .stiefel import bounded, householder, lengths, origin, polar_factor
 
 
@@ -68,9 +67,7 @@ def shuffle_matrix(free: Tensor, gain: float = 1.0) -> Tensor:
 def _is_fused(free: Tensor) -> bool:
     """Whether the derivative by hand will do: the blocks divide their size, and nothing but a plain backward is asked for."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if free.shape[3] % free.shape[2] or recorded or is_functorch_wrapped_tensor(free):
-        return False
-    return forward_ad.unpack_dual(free).tangent is None
+    return not (free.shape[3] % free.shape[2] or recorded or is_transformed(free))
 
 
 def _composed(free: Tensor) -> Tensor:

@@ -263,5 +263,17 @@ def test_no_warning_where_they_do_not(every, recwarn: pytest.WarningsRecorder) -
     assert len(recwarn) == 0
 
 
+def test_a_warning_waits_until_the_hook_has_taken_some_time_in_all(recwarn: pytest.WarningsRecorder) -> None:
+    """A demonstration of a few seconds is not worth it. Nothing is timed any more until then."""
+    hook = run(slow(0.05, 1), 380, lambda step: 0.02)
+    assert len(recwarn) == 0
+    CLOCK.now += 1e3
+    hook.takes = lambda step: 0.0
+    run(hook, 30, start=False)
+    assert [str(each.message).count("takes 0.05 s a step, and training 0.02 s.") for each in recwarn] == [1]
+    run(hook, 1000, start=False)
+    assert len(recwarn) == 1
+
+
 def test_the_tenth_is_that_of_the_documentation() -> None:
     assert pace.SHARE == 0.1

@@ -305,6 +305,19 @@ def test_a_resumed_run(known: bool, place: str) -> None:
         assert all(torch.equal(one, two) for one, two in zip(weights, again, strict=True))
 
 
+def test_as_much_memory_as_the_weights_take(place: str) -> None:
+    """Whatever the paces: what is kept of a matrix that rests keeps none of the others alive, here and in a checkpoint."""
+    model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(6)))
+    hook, weights = attached(model)
+    for step in range(12):
+        push([weight for i, weight in enumerate(weights) if step % (i + 1) == 0], 0.05, seed=step)
+        hook.after_step()
+    kept = [known[0] for known in hook.state_dict()["known"].values()]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
+    assert len(kept) == len(weights)
+    assert sum(storages.values()) == sum(weight.nbytes for weight in weights)
+
+
 def test_from_one_projection_to_the_other() -> None:
     model = network()
     hook, weights = attached(model)

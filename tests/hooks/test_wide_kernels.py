@@ -209,6 +209,18 @@ def test_a_resumed_run_goes_on_inside_with_or_without_what_is_known() -> None:
     train(model, optimizer)
 
 
+@pytest.mark.parametrize("other", [nn.Conv2d(SIZE, SIZE, 5), nn.Conv2d(SIZE, 52, 2), nn.Conv2d(SIZE, SIZE, 3, stride=2)], ids=str)
+@torch.no_grad()
+def test_a_run_that_is_resumed_with_another_layer_of_the_name(other: nn.Module) -> None:
+    """What is known of the old one is of no use, and no error."""
+    before, other, known = layer("plain"), copy.deepcopy(other), None
+    for each in (before, before, other, other, other):
+        weight, known = kept(sh.as_operator(each), known)
+        assert norm(sh.as_operator(each).with_weight(weight)) <= 1 + 1e-6
+        each.weight.copy_(weight * 1.02)
+    assert known.leading is not None, "the wide way was taken"
+
+
 def test_jobs_carry_the_subspaces_on() -> None:
     op, known = at_the_bound()
     job = Job(Whole(Target("", []), [op]), known)
