@@ -296,6 +296,8 @@ class Hook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; call it before the hook is attached."""
+        if "step" not in state:
+            raise ValueError(f"`state` must be what `state_dict()` of a hook returned; got one with {sorted(map(str, state))}.")
         self.step = state["step"]
         self._set_pace(state.get("every"))
         self._resumed = True

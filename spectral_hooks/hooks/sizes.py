@@ -75,6 +75,13 @@ def chosen(
         known = recorded(model, example, layers, everywhere=everywhere)
     for target in targets:
         target.sizes = {layer: known[names[layer]] for layer in target.layers if names.get(layer) in known}
+        for layer, found in target.sizes.items():
+            axes = as_operator(layer).weight.ndim - 2
+            if any(len(size) != axes for size in found):
+                raise ValueError(
+                    f"layer {names[layer]}: its input sizes in the state are {found}, and it takes inputs of {axes} dimensions: "
+                    "the state is of another model; give the hook an `example`."
+                )
     return known
 
 

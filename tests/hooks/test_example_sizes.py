@@ -435,3 +435,17 @@ def test_copies_have_the_shapes_of_the_example(copied: Any) -> None:
     assert repr(other) == repr(clip)
     other.start(Network())
     assert other.state_dict()["sizes"] == clip.state_dict()["sizes"]
+
+
+def test_sizes_of_another_model_are_refused() -> None:
+    hook = sh.SpectralClip(1.0, example=torch.zeros(1, 2, 6, 6))
+    hook.start(nn.Sequential(nn.Conv2d(2, 2, 3)))
+    other = sh.SpectralClip(1.0)
+    other.load_state_dict(hook.state_dict())
+    with pytest.raises(ValueError, match=r"^layer 0: its input sizes .* 1 dimensions.*`example`"):
+        other.start(nn.Sequential(nn.Conv1d(2, 2, 3)))
+
+
+def test_states_of_something_else_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`state` must be what `state_dict\(\)` of a hook returned"):
+        sh.SpectralClip(1.0).load_state_dict({"weight": torch.ones(2)})
