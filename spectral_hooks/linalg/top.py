@@ -18,6 +18,8 @@ _MARGIN = {torch.float64: 1e-6, torch.float32: 1e-4}
 _CHUNK = 64
 #: Power steps for all matrices; after them some are looked at more closely, until the error seems as small as the margin.
 _STEPS, _CLOSER = 4, 2
+#: Below this share of the largest, what the power steps have found is not looked at more closely.
+_HOPELESS = 1e-3
 #: Bytes of matrices that are factorized at once: what is larger is given back to the system each time, and has to be asked for.
 _AT_ONCE = 1 << 18
 #: The most Krylov spaces for that.
@@ -126,8 +128,12 @@ def _lengths(rows: Tensor) -> Tensor:
 
 def _closely(grams: Tensor, rows: Tensor, ranks: Tensor, places: Tensor) -> Top:
     """The largest eigenvalue of the first in rank, in Krylov spaces, each from the vector that the one before has found."""
+    first, *others = ranks.topk(min(_CLOSER, len(ranks))).indices.tolist()
+    if not float(ranks[first]) > torch.finfo(ranks.dtype).tiny:
+        return Top(int(places[first]), rows[first, 0].conj(), 0.0, 0.0)
     found = []
-    for index in ranks.topk(min(_CLOSER, len(ranks))).indices.tolist():
+    # a matrix may be zero, or as good as that: nothing can be divided by its norm, and it is not the largest
+    for index in (first, *(i for i in others if float(ranks[i]) > _HOPELESS * float(ranks[first]))):
         vector, value = rows[index, 0].conj(), float(ranks[index])
         for _ in range(_MOST_SPACES):
             vector, value, doubt = _ritz(grams[index], vector, value)
