@@ -73,12 +73,12 @@ def proven_top(batches: Iterable[Tensor], share: float) -> tuple[Top, float] | N
         level = top.squared * (1 + times * (top.doubt + margin))
         if error > share * level:
             return None
-        exists, grown = _factorized(grams, traces, level, rounding)
+        exists, grown = _factorized(grams, level, rounding)
         if exists.any():
             proven = max(proven, level * (1 + 2 * eps) + rounding * float(grown[exists].amax()) + error)
         if exists.all():
             return (top, proven) if proven <= level * (1 + share) else None
-        grams, traces, rows, ranks, places = (x[~exists] for x in (grams, traces, rows, ranks, places))
+        grams, rows, ranks, places = (x[~exists] for x in (grams, rows, ranks, places))
         found = _closely(grams, rows, ranks, places)
         if not found.squared > top.squared * (1 + margin):
             times *= 4
@@ -95,19 +95,19 @@ def _grams(matrices: Tensor) -> Tensor:
     return grams
 
 
-def _factorized(grams: Tensor, traces: Tensor, level: float, rounding: float) -> tuple[Tensor, Tensor]:
+def _factorized(grams: Tensor, level: float, rounding: float) -> tuple[Tensor, Tensor]:
     """Which matrices `level I - G` have a Cholesky factor `R`, and bounds of `‖|R|‖²` for those."""
     size, found = grams.shape[-1], []
     for part in grams.split(max(_AT_ONCE // (size * size * grams.element_size()), 1)):
         shifted = -part
-        shifted.diagonal(dim1=-2, dim2=-1).add_(level)
+        diagonal = shifted.diagonal(dim1=-2, dim2=-1).add_(level).real
+        # ‖R‖_F² = tr A, up to rounding; a sum of what is left, not what is left of two sums
+        trace = diagonal.sum(-1, dtype=torch.float64) * (1 + 8 * rounding)
         factors, info = torch.linalg.cholesky_ex(shifted)
         roots = factors.diagonal(dim1=-2, dim2=-1).real
-        found.append((info, roots.amax(-1), roots.square().sum(-1, dtype=torch.float64)))
-    infos, largest, squares = (torch.cat(each) for each in zip(*found, strict=True))
-    # ‖R‖_F² = tr A, up to rounding
-    total = (size * level - traces.double()) * (1 + 8 * rounding)
-    return infos == 0, (largest + (total - squares).clamp(min=0).sqrt()).square()
+        found.append((info, roots.amax(-1), trace - roots.square().sum(-1, dtype=torch.float64)))
+    infos, largest, rest = (torch.cat(each) for each in zip(*found, strict=True))
+    return infos == 0, (largest + rest.clamp(min=0).sqrt()).square()
 
 
 def _ranked(grams: Tensor) -> tuple[Tensor, Tensor]:
