@@ -157,7 +157,10 @@ def _ritz(gram: Tensor, start: Tensor, scale: float) -> tuple[Tensor, float, flo
         torch.addmv(before, gram, basis[step - 1], beta=first - 1, alpha=(2 - first) / (1.1 * scale), out=basis[step])
     frame = torch.linalg.qr(basis.mT).Q
     images = gram @ frame
-    values, vectors = torch.linalg.eigh(frame.mH @ images)
+    small = frame.mH @ images
+    if not bool(small.isfinite().all()):  # Householder's vectors, where all but a few entries nearly vanish
+        return start, scale, 0.0
+    values, vectors = torch.linalg.eigh(small)
     top = vectors[:, -1]
     vector, value = frame @ top, float(values[-1])
     residual = float(torch.linalg.vector_norm(images @ top - value * vector))

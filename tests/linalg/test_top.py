@@ -87,3 +87,13 @@ def test_a_matrix_that_is_zero_or_nearly_is_no_hindrance(dtype: torch.dtype, sha
     top, squared = found
     assert top.place == 1
     assert norm <= squared**0.5 <= norm * 1.001
+
+
+def test_a_matrix_of_one_entry_among_others_that_nearly_vanish() -> None:
+    """Of its Krylov space a decomposition in single precision may make no numbers: what the power steps have found will do."""
+    matrix = torch.full((1, 20, 132), 1e-30)
+    matrix[0, 0, 0] = 1
+    for matrices in (matrix, matrix.to(torch.complex64), matrix[:, :, :33].to(torch.complex64).repeat(16, 1, 1)):
+        found = proven_top([matrices], 2e-3)
+        assert found is not None
+        assert 1 <= found[1] <= 1.004
