@@ -136,18 +136,19 @@ def _factorize(rows: Rows, level: float | Tensor, rounding: float) -> tuple[Tens
     """
     done: list[Tensor] = []
     traces, squares, largest, failures = [], [], [], []
-    panel = _panel(rows.size)
+    panel, each = _panel(rows.size), level if isinstance(level, float) else level[:, None]
     for start in range(0, rows.size, panel):
         end = min(start + panel, rows.size)
         width = end - start
         block = rows.block(start, end)
-        traces.append(width * level - block.diagonal(dim1=-2, dim2=-1).real.sum(-1))
+        # a sum of what is left, not what is left of two sums: that may be nothing where all eigenvalues are near the level
+        traces.append((each - block.diagonal(dim1=-2, dim2=-1).real).sum(-1))
         product = torch.empty_like(block) if done else block
         for above in done:
             right = above[:, :, -block.shape[-1] :]
             block += torch.bmm(right[:, :, :width].mH, right, out=product)
         diagonal = block[:, :, :width].neg_()
-        diagonal.diagonal(dim1=-2, dim2=-1).add_(level if isinstance(level, float) else level[:, None])
+        diagonal.diagonal(dim1=-2, dim2=-1).add_(each)
         factor, failed = torch.linalg.cholesky_ex(diagonal)
         roots = factor.diagonal(dim1=-2, dim2=-1).real
         squares.append(roots.square().sum(-1))
@@ -158,7 +159,7 @@ def _factorize(rows: Rows, level: float | Tensor, rounding: float) -> tuple[Tens
             right = block.new_empty(rows.number, width, rows.size - end)
             done.append(torch.linalg.solve_triangular(factor, block[:, :, width:], upper=False, out=right))
     positive = torch.stack(failures).sum(0) == 0
-    # ‖R‖_F² = tr A, up to rounding
-    trace = torch.stack(traces).sum(0) * (1 + 4 * rounding)
+    # ‖R‖_F² = tr (A + ΔA), and of the `δ level` in ΔA much may be left where A is small
+    trace = torch.stack(traces).sum(0) * (1 + 4 * rounding) + rows.size * _shifting(rows.size, rows.dtype) * level
     rest = (trace - torch.stack(squares).sum(0)).clamp(min=0)
     return positive, torch.minimum((torch.stack(largest).amax(0) + rest.sqrt()).square(), trace)

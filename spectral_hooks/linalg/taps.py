@@ -16,6 +16,7 @@ from .symbols import product
 _SEEN_FROM, _GLANCES, _SEEN, _ELSEWHERE = 32, 6, 1e-4, (1.0, 2.2, 0.6)
 #: Keeps the direction of a zero vector from being NaN.
 _TINY = torch.finfo(torch.float32).tiny
+_NOTHING = 16 * _TINY**0.5
 
 
 class AppliedSymbol:
@@ -57,7 +58,9 @@ class AppliedSymbol:
             for _ in range(2 if basis else 0):
                 for other in basis:
                     fresh = fresh - other * (other.conj() * fresh).sum(1, keepdim=True)
-            basis.append(fresh / torch.linalg.vector_norm(fresh, dim=1, keepdim=True).clamp(min=_TINY))
+            length = torch.linalg.vector_norm(fresh, dim=1, keepdim=True)
+            # of a symbol of rank one nothing is left after the first steps, and squares of less than this vanish: no direction
+            basis.append(torch.where(length > _NOTHING, fresh / length.clamp(min=_NOTHING), 0.0))
             images.append(self(basis[-1]))
             if step < steps:
                 fresh = self.adjoint(images[-1])

@@ -18,6 +18,8 @@ _MARGIN = {torch.float64: 1e-6, torch.float32: 1e-4}
 _CHUNK = 64
 #: Power steps for all matrices; after them some are looked at more closely, until the error seems as small as the margin.
 _STEPS, _CLOSER = 4, 2
+#: Below this share of the largest, what the power steps have found is not looked at more closely.
+_HOPELESS = 1e-3
 #: Bytes of matrices that are factorized at once: what is larger is given back to the system each time, and has to be asked for.
 _AT_ONCE = 1 << 18
 #: The most Krylov spaces for that.
@@ -71,12 +73,12 @@ def proven_top(batches: Iterable[Tensor], share: float) -> tuple[Top, float] | N
         level = top.squared * (1 + times * (top.doubt + margin))
         if error > share * level:
             return None
-        exists, grown = _factorized(grams, traces, level, rounding)
+        exists, grown = _factorized(grams, level, rounding)
         if exists.any():
             proven = max(proven, level * (1 + 2 * eps) + rounding * float(grown[exists].amax()) + error)
         if exists.all():
             return (top, proven) if proven <= level * (1 + share) else None
-        grams, traces, rows, ranks, places = (x[~exists] for x in (grams, traces, rows, ranks, places))
+        grams, rows, ranks, places = (x[~exists] for x in (grams, rows, ranks, places))
         found = _closely(grams, rows, ranks, places)
         if not found.squared > top.squared * (1 + margin):
             times *= 4
@@ -93,19 +95,19 @@ def _grams(matrices: Tensor) -> Tensor:
     return grams
 
 
-def _factorized(grams: Tensor, traces: Tensor, level: float, rounding: float) -> tuple[Tensor, Tensor]:
+def _factorized(grams: Tensor, level: float, rounding: float) -> tuple[Tensor, Tensor]:
     """Which matrices `level I - G` have a Cholesky factor `R`, and bounds of `‖|R|‖²` for those."""
     size, found = grams.shape[-1], []
     for part in grams.split(max(_AT_ONCE // (size * size * grams.element_size()), 1)):
         shifted = -part
-        shifted.diagonal(dim1=-2, dim2=-1).add_(level)
+        diagonal = shifted.diagonal(dim1=-2, dim2=-1).add_(level).real
+        # ‖R‖_F² = tr A, up to rounding; a sum of what is left, not what is left of two sums
+        trace = diagonal.sum(-1, dtype=torch.float64) * (1 + 8 * rounding)
         factors, info = torch.linalg.cholesky_ex(shifted)
         roots = factors.diagonal(dim1=-2, dim2=-1).real
-        found.append((info, roots.amax(-1), roots.square().sum(-1, dtype=torch.float64)))
-    infos, largest, squares = (torch.cat(each) for each in zip(*found, strict=True))
-    # ‖R‖_F² = tr A, up to rounding
-    total = (size * level - traces.double()) * (1 + 8 * rounding)
-    return infos == 0, (largest + (total - squares).clamp(min=0).sqrt()).square()
+        found.append((info, roots.amax(-1), trace - roots.square().sum(-1, dtype=torch.float64)))
+    infos, largest, rest = (torch.cat(each) for each in zip(*found, strict=True))
+    return infos == 0, (largest + rest.clamp(min=0).sqrt()).square()
 
 
 def _ranked(grams: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +128,12 @@ def _lengths(rows: Tensor) -> Tensor:
 
 def _closely(grams: Tensor, rows: Tensor, ranks: Tensor, places: Tensor) -> Top:
     """The largest eigenvalue of the first in rank, in Krylov spaces, each from the vector that the one before has found."""
+    first, *others = ranks.topk(min(_CLOSER, len(ranks))).indices.tolist()
+    if not float(ranks[first]) > torch.finfo(ranks.dtype).tiny:
+        return Top(int(places[first]), rows[first, 0].conj(), 0.0, 0.0)
     found = []
-    for index in ranks.topk(min(_CLOSER, len(ranks))).indices.tolist():
+    # a matrix may be zero, or as good as that: nothing can be divided by its norm, and it is not the largest
+    for index in (first, *(i for i in others if float(ranks[i]) > _HOPELESS * float(ranks[first]))):
         vector, value = rows[index, 0].conj(), float(ranks[index])
         for _ in range(_MOST_SPACES):
             vector, value, doubt = _ritz(grams[index], vector, value)
@@ -151,7 +157,10 @@ def _ritz(gram: Tensor, start: Tensor, scale: float) -> tuple[Tensor, float, flo
         torch.addmv(before, gram, basis[step - 1], beta=first - 1, alpha=(2 - first) / (1.1 * scale), out=basis[step])
     frame = torch.linalg.qr(basis.mT).Q
     images = gram @ frame
-    values, vectors = torch.linalg.eigh(frame.mH @ images)
+    small = frame.mH @ images
+    if not bool(small.isfinite().all()):  # Householder's vectors, where all but a few entries nearly vanish
+        return start, scale, 0.0
+    values, vectors = torch.linalg.eigh(small)
     top = vectors[:, -1]
     vector, value = frame @ top, float(values[-1])
     residual = float(torch.linalg.vector_norm(images @ top - value * vector))

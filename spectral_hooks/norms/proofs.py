@@ -18,6 +18,7 @@ from ..linalg.gram import Gram
 from ..linalg.lanczos import lanczos, norms
 from ..linalg.memory import at_once
 from ..linalg.precision import exact, float32_is_kept
+from ..linalg.schatten import frobenius_bounds
 from ..linalg.symbols import half_plane, product, symbol, trim
 from ..linalg.threads import calm
 from .cells import angle_of, cells_at, tiling
@@ -168,12 +169,14 @@ def _squared_symbols(kernels: Tensor, theta: Tensor) -> tuple[Tensor, float]:
     """`F F*` at these frequencies, `(frequencies, groups, rows, rows)`, and by how much any of them may be off in norm.
 
     A sum of `n` products is off by `n u` of the product of the lengths, and a complex one by `√2` times as much of twice as many;
-    the sums of the `T` taps are of `√T` times the length of the kernel.
+    the sums of the `T` taps are of `√T` times the length of the kernel, and an angle is off by some roundings of every turn.
     """
     symbols = symbol(kernels, theta)
     eps, taps = torch.finfo(kernels.dtype).eps, prod(kernels.shape[3:])
-    length = float(torch.linalg.vector_norm(symbols.flatten(2), dim=2).amax()) * (1 + 1e-3)
-    sums = (taps + 8) * sqrt(taps) * float(torch.linalg.vector_norm(kernels.flatten(1), dim=1).amax()) * (1 + 1e-3)
+    turns = 7 * sum(k - 1 for k in kernels.shape[3:]) * torch.finfo(theta.dtype).eps / eps
+    # row by row: a sum of millions of equal squares in float32 lacks a hundredth
+    length = float(frobenius_bounds(torch.view_as_real(symbols).flatten(-2)).amax())
+    sums = (taps + 8 + turns) * sqrt(taps) * float(frobenius_bounds(kernels.flatten(2)).amax())
     return symbols @ symbols.mH, eps * length * (sqrt(2) * (kernels.shape[2] + 4) * length + 2 * sums)
 
 

@@ -217,8 +217,8 @@ def _stored(capped: Tensor, weights: Tensor, scale: Tensor, kept: Tensor, level:
     fits = reached <= level
     if is_at_hand(fits) and fits.all():
         return stored, reached
-    # by as much smaller as any rounding takes
-    most = unit_roundoff(weights.dtype) * frobenius_bounds(capped)
+    # by as much smaller as any rounding takes, to storage and of the two products before
+    most = (unit_roundoff(weights.dtype) + 2 * unit_roundoff(capped.dtype)) * frobenius_bounds(capped)
     most += info.smallest_normal * info.eps * sqrt(capped[0].numel()) / scale
     share = ((level - most) / kept).clamp(0, 1)
     smaller = (capped * (share * scale).to(capped)[:, None, None]).clamp_(-info.max, info.max).to(weights)

@@ -22,6 +22,7 @@ from ..linalg.cholesky import within_one
 from ..linalg.gramians import Gramians, Pairs, gramians, largest_pairs, rounding
 from ..linalg.host import read
 from ..linalg.precision import at_least_float32, float32_is_kept, full_precision, widest
+from ..linalg.schatten import frobenius_bounds
 from .arguments import check_max_norm
 
 #: Bounds beyond these powers of two are handled in float64, and beyond the second not at all.
@@ -222,7 +223,7 @@ def _carried(grams: Gramians, vectors: Tensor, share: Tensor, taken: Tensor) -> 
     s = (1.001 * vectors.double().square().sum(1) * share).sum(1)
     long, short = rows + 2 * number + 10, number + 3
     stored = half * (long * s + short * (1 + s)) * squares.sqrt()
-    size = 1.001 * torch.linalg.vector_norm(gram, dim=(1, 2)).double()
+    size = frobenius_bounds(gram)  # a sum of all squares at once in float32 lacks a hundredth of millions of equal ones
     error = error + half * (long * (2 * s + 2 * s * s) + 2 * short * (1 + s) ** 2) * size
     # of the squares of norms of at most 1
     return Gramians(carried, squares, torch.where(s <= 2, error + 2 * stored, inf))

@@ -146,3 +146,18 @@ def test_gram_in_float32_is_as_close_as_it_says(shape: tuple[int, ...]) -> None:
     vectors = torch.randn(20, gram.size, generator=generator, dtype=torch.complex128)
     expected = (vectors.conj() * (gram(group, theta) @ vectors.unsqueeze(2)).squeeze(2)).sum(1).real
     torch.testing.assert_close(gram.along(group, theta.unsqueeze(1), vectors).squeeze(1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
+@pytest.mark.parametrize("size", [64, 100, 600])
+def test_the_growth_of_a_factor_is_bounded_where_all_eigenvalues_are_near_the_level(size: int, dtype: torch.dtype) -> None:
+    """`A = I - G` is a few roundings of `I`: of the difference of two traces no digit would be right."""
+    for times in (0.5, 1, 1.5, 2, 2.5, 3.5):
+        left = times * torch.finfo(dtype).eps / 2
+        matrix = torch.eye(size, dtype=torch.float64) * (1 - left) - left
+        stored = matrix.to(dtype)
+        largest = float(torch.linalg.eigvalsh(torch.eye(size) - stored.to(torch.complex128))[-1])  # = ‖R‖² ≤ ‖|R|‖²
+        verdict = cholesky.below_(stored[None], 1.0, error=0.0, slack=1e-30)
+        assert not bool(verdict.proven), times  # no room for any rounding
+        if bool(verdict.doubtful):
+            assert verdict.growth >= largest, times

@@ -50,3 +50,13 @@ def test_vectors_show_only_what_is_above() -> None:
     assert seen_above(kernel * 1e30, 0.5e30 * float(at_zero[2])).tolist() == [True, False, True]
     assert not seen_above(kernel, 3 * float(at_zero.amax())).any()
     assert not seen_above(kernel[:, :8], 1e-3).any(), "of few rows a proof is as cheap"
+
+
+@pytest.mark.parametrize("entry", [1.0, 0.3, 1e-30])
+@pytest.mark.parametrize("shape", [(1, 33, 40, 3, 3), (2, 34, 40, 3), (2, 33, 33, 3, 3)])
+def test_equal_entries_leave_nothing_to_look_at_after_the_first_steps(shape: tuple[int, ...], entry: float) -> None:
+    """Symbols of rank one, nearly zero at some frequencies: what rounding leaves of a direction is no direction."""
+    kernel = torch.full(shape, entry, dtype=torch.float64)
+    norm = float(kernel[0].norm()) * kernel[0, 0, 0].numel() ** 0.5  # at θ = 0
+    assert seen_above(kernel, norm * (1 - 1e-3)).all()
+    assert not seen_above(kernel, norm * (1 + 1e-6)).any()

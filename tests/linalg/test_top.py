@@ -74,3 +74,26 @@ def test_too_much_rounding_is_told() -> None:
     matrix = torch.linalg.qr(torch.randn(300, 300)).Q.unsqueeze(0) * 10
     assert proven_top([matrix], 1e-6) is None
     assert proven_top([matrix.double()], 1e-6) is not None
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-25, 1e-42])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_matrix_that_is_zero_or_nearly_is_no_hindrance(dtype: torch.dtype, share: float) -> None:
+    matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = (matrix / matrix.abs().max()).to(dtype)
+    norm = float(torch.linalg.matrix_norm(matrix.to(torch.complex128), 2))
+    found = proven_top([torch.stack([matrix * share, matrix])], 2e-3)
+    assert found is not None
+    top, squared = found
+    assert top.place == 1
+    assert norm <= squared**0.5 <= norm * 1.001
+
+
+def test_a_matrix_of_one_entry_among_others_that_nearly_vanish() -> None:
+    """Of its Krylov space a decomposition in single precision may make no numbers: what the power steps have found will do."""
+    matrix = torch.full((1, 20, 132), 1e-30)
+    matrix[0, 0, 0] = 1
+    for matrices in (matrix, matrix.to(torch.complex64), matrix[:, :, :33].to(torch.complex64).repeat(16, 1, 1)):
+        found = proven_top([matrices], 2e-3)
+        assert found is not None
+        assert 1 <= found[1] <= 1.004

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectral_hooks.norms import proofs
 from spectral_hooks.norms.proofs import certificates
 
 SHAPES = [
@@ -109,3 +110,10 @@ def test_proofs_hold_where_float32_products_are_less() -> None:
     kernels = 0.9 * normalized((1, 34, 34, 3, 3), 0)
     _, proven = certificates(kernels, constant(1e-3, kernels), constant(0.08, kernels))
     assert 0.9 <= float(proven) < 1
+
+
+def test_the_rounding_of_wide_symbols_with_equal_entries_is_not_understated() -> None:
+    """A plain sum of a million equal squares lacks a share in float32, and the bound of the rounding with it."""
+    kernels, theta = torch.full((1, 1100, 1100), 0.1), torch.zeros(1, 0, dtype=torch.float64)
+    single, double = (proofs._squared_symbols(kernels.to(dtype), theta)[1] for dtype in (torch.float32, torch.float64))
+    assert single / torch.finfo(torch.float32).eps >= double / torch.finfo(torch.float64).eps
