@@ -15,7 +15,7 @@ from torch import Tensor
 from ..linalg import taps
 from ..linalg.krylov import seen_above
 from ..linalg.precision import at_least_float32, exact
-from ..linalg.scaling import check_finite
+from ..linalg.scaling import check_finite, check_has_values
 from ..operators.base import KernelOperator, Kind
 from .groups import grid_norms, lattice_norms
 from .proofs import certificates
@@ -57,6 +57,7 @@ def at_most(op: KernelOperator, max_norm: float) -> Tensor:
     Returns:
         `(groups,)`, bool, on the host.
     """
+    check_has_values(op.weight)
     return _PROOFS[op.kind](op, max_norm * (1 + TOLERANCE))
 
 

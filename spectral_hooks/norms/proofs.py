@@ -18,7 +18,7 @@ from ..linalg.gram import Gram
 from ..linalg.lanczos import lanczos, norms
 from ..linalg.memory import at_once
 from ..linalg.precision import exact, float32_is_kept
-from ..linalg.schatten import frobenius_bounds
+from ..linalg.rounded import frobenius_bounds
 from ..linalg.symbols import half_plane, product, symbol, trim
 from ..linalg.threads import calm
 from .cells import angle_of, cells_at, tiling

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..linalg.host import is_at_hand
 from ..linalg.precision import at_least_float32, exact, float32_is_kept, full_precision, widest
-from ..linalg.rounded import norm_bounds
-from ..linalg.schatten import frobenius_bounds
+from ..linalg.rounded import frobenius_bounds, norm_bounds
 from ..linalg.symbols import symmetric_product
 
 #: Squarings of `D Dᵀ`: too large by at most the 16th root of the rank.

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..linalg.host import is_at_hand
 from ..linalg.precision import at_least_float32, device_with_float64, exact, float32_is_kept, full_precision
-from ..linalg.rounded import gram, norm_bounds, product, product_gamma, unit_roundoff
-from ..linalg.schatten import frobenius_bounds
+from ..linalg.rounded import frobenius_bounds, gram, norm_bounds, product, product_gamma, unit_roundoff
 
 #: A bound this little above the largest norm counts as inside.
 TOLERANCE = 5e-7

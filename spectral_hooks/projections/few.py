@@ -22,7 +22,7 @@ from ..linalg.cholesky import within_one
 from ..linalg.gramians import Gramians, Pairs, gramians, largest_pairs, rounding
 from ..linalg.host import read
 from ..linalg.precision import at_least_float32, float32_is_kept, full_precision, widest
-from ..linalg.schatten import frobenius_bounds
+from ..linalg.rounded import frobenius_bounds
 from .arguments import check_max_norm
 
 #: Bounds beyond these powers of two are handled in float64, and beyond the second not at all.
