@@ -211,7 +211,7 @@ def _covered(
     proven = torch.full_like(estimate, inf)
     promising = estimate < 1 - depth / 4
     # an estimate above the depth is what many cells of a clipped kernel have; one below can be far too low
-    likely = torch.maximum(1 - depth, _PLATEAU * estimate) if exactly else 1 - depth
+    likely = torch.maximum(1 - depth, (_PLATEAU * estimate).minimum(1 - depth / 2)) if exactly else 1 - depth
     for taken in (torch.minimum(_MARGIN * estimate, likely), likely):
         # a room `x` for the proof costs `1 / x` and lasts `(1 - taken - x) / pace` steps and one: least per step for this
         goal = 1 - pace * (((1 - taken) / pace - 1) / 2).round().clamp(min=0)

@@ -117,3 +117,14 @@ def test_the_rounding_of_wide_symbols_with_equal_entries_is_not_understated() ->
     kernels, theta = torch.full((1, 1100, 1100), 0.1), torch.zeros(1, 0, dtype=torch.float64)
     single, double = (proofs._squared_symbols(kernels.to(dtype), theta)[1] for dtype in (torch.float32, torch.float64))
     assert single / torch.finfo(torch.float32).eps >= double / torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("norm", [0.9, 0.99, 0.9951, 0.997, 0.9987, 0.9999])
+def test_wide_kernels_nearly_at_the_bound(norm: float) -> None:
+    """With little depth an estimate may leave less room than most cells of a clipped kernel are expected to take."""
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    kernel = norm / 2 * torch.stack([turn, turn], -1)[None]  # |cos(θ / 2)| of the norm, all singular values alike
+    estimate, proven = certificates(kernel, torch.tensor([1e-4], dtype=torch.float64), torch.tensor([0.005], dtype=torch.float64))
+    assert 0.98 * norm <= estimate <= norm * (1 + 1e-6)
+    assert norm <= proven * (1 + 1e-6)
+    assert proven <= 1 or norm > 0.9
