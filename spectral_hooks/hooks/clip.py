@@ -43,7 +43,8 @@ class SpectralClip(Hook):
     Most steps cost little: with `V` a weight that was certified, `‖A(W)‖ ≤ ‖A(V)‖ + ‖A(W - V)‖`, and a coarse bound of the second
     term will do until the weight has moved far. The hook keeps such a `V` of every weight (as much memory again as the weights),
     and of kernels with 48 channels or more, once they were clipped, where their large singular values lie (commonly as much as
-    the kernel in float32, at most four times that). Both are in `state_dict()`.
+    the kernel in float32, at most four times that). Both are in `state_dict()`. Such a kernel that moves by more than half of
+    `slack` in a step is brought to that depth at once, even from between it and the bound: a proof costs more than the clip.
 
     The weights are inside after the last write of wrapped optimizers (SAM, Lookahead, ZeRO, Opacus, Accelerate), and slow weights
     too. Of a schedule-free optimizer the fast iterate and the average are projected, so that the weights are inside where it

@@ -1,7 +1,8 @@
 """Keep wide kernels inside: those whose proofs and decompositions cost seconds, so that each is to be used well.
 
 A kernel that moves by more in a step than its clip leaves room for is clipped at once, by what the last clip knows of its large
-singular values, and then proven to be inside: one proof a step. One that moves more slowly is first tried to be proven as it is.
+singular values, and then proven to be inside: one proof a step. One that moves more slowly, or was never clipped so, is first
+tried to be proven as it is.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def kept_wide(job: Job, kernel: Tensor, pace: float, depth: float, max_norm: flo
         pace: by how much it moves in a step at most, relative to the bound.
         depth: how deep to clip it, relative to the bound.
     """
-    slow = pace <= _HOPELESS * depth or (job.known is not None and job.known.age > 0)
-    if slow and (norm := _certified(job.op, kernel, pace, depth, max_norm)) <= max_norm:
-        return job.proven(norm)
     leading = None if job.known is None else job.known.leading
+    slow = pace <= _HOPELESS * depth or (job.known is not None and job.known.age > 0)
+    if (slow or leading is None) and (norm := _certified(job.op, kernel, pace, depth, max_norm)) <= max_norm:
+        return job.proven(norm)
     kept = None if leading is None else _clipped(job, kernel, pace, depth, max_norm, leading)
     return kept or _clipped(job, kernel, pace, depth, max_norm, None)
 
@@ -56,8 +57,11 @@ def _clipped(job: Job, kernel: Tensor, pace: float, depth: float, max_norm: floa
     if found is None:
         return None
     change = scaled - found.kernel
+    if not bool(change.any()):  # nothing is seen above the depth
+        norm = _certified(op, kernel, pace, depth, max_norm)
+        return job.proven(norm) if norm <= max_norm else None
     weight = exact(op.weight) - op.from_canonical(exact(change)) * unit
-    for share in _SCALINGS if bool(change.any()) else ():
+    for share in _SCALINGS:
         weight = weight * (1 - share * depth)
         stored = _stored(op, weight)
         norm = _certified(stored, stored.canonical(), pace, depth, max_norm)
